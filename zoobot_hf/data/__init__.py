@@ -1,0 +1,1 @@
+"""From catalogs and folders of galaxy images to datasets."""

@@ -1,0 +1,1 @@
+"""Encoders, heads and the image processor that belongs to them."""

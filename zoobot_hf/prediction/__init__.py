@@ -1,0 +1,1 @@
+"""Tables of predictions for catalogs of galaxies."""

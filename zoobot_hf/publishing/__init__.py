@@ -1,0 +1,1 @@
+"""Model cards and pushes to the Hub."""

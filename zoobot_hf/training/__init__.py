@@ -1,0 +1,1 @@
+"""The frozen stage, the unfrozen stage, and one after the other."""
