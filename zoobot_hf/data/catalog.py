@@ -1,0 +1,358 @@
+"""Catalogs: tables with a row per galaxy, read from any format that astronomers keep them in, checked, and written.
+
+A catalog has a column `id_str`, the galaxy's name, and a column `file_loc`, where its image is. These are Galaxy Zoo's
+own names. Whatever else is in the table is kept.
+"""
+
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from xml.parsers.expat import ExpatError
+
+import pandas as pd
+from astropy.io.fits import VerifyError
+from astropy.table import Table
+
+logger = logging.getLogger(__name__)
+
+CATALOG_FORMATS = {
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".fits": "fits",
+    ".fit": "fits",
+    ".vot": "votable",
+    ".votable": "votable",
+    ".xml": "votable",
+    ".ecsv": "ascii.ecsv",
+}
+IMAGE_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".fits",
+    ".fit",
+    ".fits.gz",
+    ".fits.bz2",
+    ".fits.fz",
+)
+# What pandas, pyarrow and astropy raise for files that are damaged or not what their suffix says.
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    SyntaxError,
+    ExpatError,
+    VerifyError,
+    zlib.error,
+)
+
+
+class CatalogError(ValueError):
+    """A catalog, a folder of images or its labels are not what they have to be; the message names what and where."""
+
+
+def read_catalog(path: str | Path, *, label_column: str | None = None, images_must_exist: bool = True) -> pd.DataFrame:
+    """A checked catalog from a CSV, Parquet, FITS, VOTable or ECSV file.
+
+    Args:
+        path: The file. Its suffix says the format; `.gz` may follow it, except for Parquet.
+        label_column: The column that has to have a label in every row, if labels are needed.
+        images_must_exist: Whether an image that is not there is an error. A survey that lists its failures says no.
+
+    Returns:
+        The file's rows in their order. `id_str` and `file_loc` are text; `file_loc` is absolute, and what was relative
+        in the file is relative to the file's folder. The other columns are as they were, except that columns with
+        several values per row, which some FITS tables have, are left out.
+
+    Raises:
+        CatalogError: The file is not there, has an unknown suffix or can't be read; a column is missing; there are no
+            rows; an `id_str` is missing, floating-point or there twice; an image is not there; a label is missing.
+    """
+    path = Path(path).absolute()
+    table = _read_table(path)
+    _check_columns(table, path=path, needed=["id_str", "file_loc", *([label_column] if label_column else [])])
+    if table.empty:
+        raise CatalogError(f"catalog {path} has no rows; it needs one for each galaxy.")
+    table = table.reset_index(drop=True).assign(
+        id_str=_as_text(table["id_str"].reset_index(drop=True), path=path),
+        file_loc=[
+            os.path.join(path.parent, location)
+            for location in _as_text(table["file_loc"].reset_index(drop=True), path=path)
+        ],
+    )
+    _check_identifiers_are_unique(table["id_str"], path=path)
+    if images_must_exist:
+        _check_images_exist(table, path=path)
+    if label_column:
+        check_labels_exist(table["id_str"], labels=table[label_column], column=label_column)
+    return table
+
+
+def read_image_folder(folder: str | Path, *, label_column: str | None = None) -> pd.DataFrame:
+    """A catalog of every image below a folder.
+
+    Args:
+        folder: The folder. Hidden files and folders in it are passed over.
+        label_column: The name of the column that says each image's class, if labels are needed. The class is the name
+            of the subfolder of `folder` that the image is in.
+
+    Returns:
+        A row per image, sorted by path: `id_str` is the file's name without its suffix, `file_loc` the absolute path.
+
+    Raises:
+        CatalogError: There is no such folder or no image in it; two images have the same name; labels are needed and
+            an image is in no subfolder.
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise CatalogError(f"folder {folder} does not exist; give a folder of images.")
+    locations = sorted(_find_images(folder))
+    if not locations:
+        raise CatalogError(f"folder {folder} holds no images; their suffixes may be {', '.join(IMAGE_SUFFIXES)}.")
+    table = pd.DataFrame({"id_str": [_image_stem(location) for location in locations], "file_loc": locations})
+    _check_identifiers_are_unique(table["id_str"], path=folder)
+    if label_column:
+        table[label_column] = _name_classes_after_subfolders(folder, locations=locations)
+    return table
+
+
+def read_galaxies(
+    source: str | Path, *, label_column: str | None = None, images_must_exist: bool = True
+) -> pd.DataFrame:
+    """A catalog from whatever holds galaxies: a catalog file, a folder with a catalog, or a folder of images.
+
+    Args:
+        source: A catalog file; a folder that holds a file `catalog.csv`, `catalog.parquet`, `catalog.fits` (or another
+            suffix that `read_catalog` knows; the first of these is read); or any other folder, which is every image
+            in it.
+        label_column: The column with the labels, if labels are needed; without a catalog, the name of the column that
+            the subfolders' names go to.
+        images_must_exist: As in `read_catalog`.
+
+    Returns:
+        What `read_catalog` or `read_image_folder` returns.
+
+    Raises:
+        CatalogError: There is nothing at `source`, or what `read_catalog` and `read_image_folder` refuse.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise CatalogError(f"{source} does not exist; give a catalog file or a folder of images.")
+    catalog_file = find_catalog(source) if source.is_dir() else source
+    if catalog_file is None:
+        return read_image_folder(source, label_column=label_column)
+    return read_catalog(catalog_file, label_column=label_column, images_must_exist=images_must_exist)
+
+
+def find_catalog(folder: Path) -> Path | None:
+    """The catalog file in a folder, or None.
+
+    Args:
+        folder: Where to look; not below it.
+
+    Returns:
+        The first of `catalog.csv`, `catalog.parquet`, `catalog.fits` and so on, in the order of `CATALOG_FORMATS`.
+    """
+    candidates = (folder / f"catalog{suffix}" for suffix in CATALOG_FORMATS)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
+    """A table written to a file whole or not at all: a run that is killed leaves the old file.
+
+    Args:
+        table: Any table; its index is not written.
+        path: Where to. The suffix says the format: those of `read_catalog`, not compressed.
+
+    Raises:
+        CatalogError: The suffix is unknown or says compressed.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".gz":
+        raise CatalogError(f"path {path} ends in .gz; catalogs are written uncompressed, so leave .gz away.")
+    file_format = _find_format(path)
+    partial_path = path.with_name(f".partial-{path.name}")
+    try:
+        if file_format == "csv":
+            table.to_csv(partial_path, index=False)
+        elif file_format == "parquet":
+            table.to_parquet(partial_path, index=False)
+        else:
+            _to_astropy(table).write(partial_path, format=file_format, overwrite=True)
+        partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def check_labels_exist(identifiers: pd.Series, *, labels: pd.Series, column: str) -> None:
+    """Nothing, if every galaxy has a label.
+
+    Args:
+        identifiers: The galaxies' `id_str`.
+        labels: Their labels, in the same order. NaN, None, masked and empty text are missing.
+        column: Where the labels come from, for the message.
+
+    Raises:
+        CatalogError: A label is missing.
+    """
+    missing = labels.isna() | (labels.astype(str).str.strip() == "")
+    if missing.any():
+        raise CatalogError(
+            f"column {column!r} has no label for {describe(identifiers[missing.to_numpy()])}; "
+            "add the labels or leave these galaxies out."
+        )
+
+
+def describe(values: Iterable[str]) -> str:
+    """A list for an error message: the first five values, and how many there are.
+
+    Args:
+        values: What to list; at least one.
+
+    Returns:
+        For example `7 galaxies: 'a', 'b', 'c', 'd', 'e', ...`.
+    """
+    names = list(values)
+    first_five = ", ".join(repr(name) for name in names[:5])
+    noun = "galaxy" if len(names) == 1 else "galaxies"
+    return f"{len(names)} {noun}: {first_five}{', ...' if len(names) > 5 else ''}"
+
+
+def _find_format(path: Path) -> str:
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in CATALOG_FORMATS:
+        raise CatalogError(
+            f"catalog {path} has the suffix {suffix!r}; known are {', '.join(CATALOG_FORMATS)}. "
+            "Rename the file after its format, or save it in one of these."
+        )
+    return CATALOG_FORMATS[suffix]
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    file_format = _find_format(path)
+    if not path.is_file():
+        raise CatalogError(f"catalog {path} does not exist; give the path of a catalog file.")
+    try:
+        if file_format == "csv":
+            return _read_csv(path)
+        if file_format == "parquet":
+            return pd.read_parquet(path)
+        return _read_with_astropy(path, file_format=file_format)
+    except _READ_ERRORS as error:
+        raise CatalogError(
+            f"catalog {path} can't be read as {file_format}: {str(error).rstrip('.') or type(error).__name__}. "
+            "Check that the file is whole and that its suffix names its format."
+        ) from error
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path, low_memory=False)
+    # Read apart, and as they are written: a galaxy may be called "007", and one called "NA" is not missing.
+    names = pd.read_csv(path, usecols=lambda name: name in {"id_str", "file_loc"}, dtype=str, keep_default_na=False)
+    return table.assign(**{str(name): names[name] for name in names.columns})
+
+
+def _read_with_astropy(path: Path, *, file_format: str) -> pd.DataFrame:
+    # VOTable identifiers can't hold the hyphens of Galaxy Zoo's column names; the names can.
+    options = {"use_names_over_ids": True} if file_format == "votable" else {}
+    table = Table.read(path, format=file_format, **options)
+    vector_columns = [name for name in table.colnames if len(table[name].shape) > 1]
+    if vector_columns:
+        logger.info("%s: columns with several values per row are left out: %s", path, ", ".join(vector_columns))
+        table.remove_columns(vector_columns)
+    table.convert_bytestring_to_unicode()
+    # Also turns the big-endian numbers of FITS into the machine's own, which pandas needs.
+    catalog: pd.DataFrame = table.to_pandas(index=False)
+    return catalog
+
+
+def _check_columns(table: pd.DataFrame, *, path: Path, needed: list[str]) -> None:
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        raise CatalogError(
+            f"catalog {path} has no column {', '.join(map(repr, missing))}; its columns are "
+            f"{', '.join(map(repr, table.columns))}. Rename a column or name another one."
+        )
+
+
+def _as_text(column: pd.Series, *, path: Path) -> pd.Series:
+    if pd.api.types.is_float_dtype(column) and column.notna().all():
+        raise CatalogError(
+            f"catalog {path} has floating-point numbers in {column.name!r}, for example {column.iloc[0]!r}, "
+            "which lose the last digits of a long name; save the column as text or integers."
+        )
+    text = column.map(lambda value: value.decode() if isinstance(value, bytes) else str(value), na_action="ignore")
+    text = text.astype(object).where(text.notna(), "").astype(str).str.strip()
+    missing = text == ""
+    if missing.any():
+        raise CatalogError(
+            f"catalog {path} has no {column.name!r} in {missing.sum()} of {len(text)} rows, the first of them row "
+            f"{int(missing.to_numpy().argmax()) + 1}; fill the column or leave these rows out."
+        )
+    return text
+
+
+def _check_identifiers_are_unique(identifiers: pd.Series, *, path: Path) -> None:
+    duplicates = identifiers[identifiers.duplicated()].unique()
+    if len(duplicates):
+        raise CatalogError(
+            f"{path} has the same 'id_str' more than once for {describe(duplicates)}; "
+            "every galaxy needs a name of its own."
+        )
+
+
+def _check_images_exist(table: pd.DataFrame, *, path: Path) -> None:
+    is_there = table["file_loc"].map(os.path.isfile)
+    if not is_there.all():
+        raise CatalogError(
+            f"catalog {path} names images that are not there, for {describe(table['file_loc'][~is_there])}. "
+            "A relative 'file_loc' is relative to the catalog's folder."
+        )
+
+
+def _find_images(folder: Path) -> Iterator[str]:
+    for directory, subfolders, names in os.walk(folder, followlinks=True):
+        # Hidden ones are a notebook's checkpoints and the "._" files that macOS leaves beside every image.
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                yield os.path.join(directory, name)
+
+
+def _image_stem(location: str) -> str:
+    name = os.path.basename(location)
+    suffix = max((suffix for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), key=len)
+    return name[: -len(suffix)]
+
+
+def _name_classes_after_subfolders(folder: Path, *, locations: list[str]) -> list[str]:
+    parts = [Path(location).relative_to(folder).parts for location in locations]
+    outside = [part[0] for part in parts if len(part) == 1]
+    if outside:
+        raise CatalogError(
+            f"folder {folder} names classes by its subfolders, but these images are in none: {describe(outside)}. "
+            "Put every image into the subfolder of its class, or add a catalog.csv with the labels."
+        )
+    return [part[0] for part in parts]
+
+
+def _to_astropy(table: pd.DataFrame) -> Table:
+    # Neither FITS nor VOTable takes Python objects; text of a fixed width they all do.
+    columns = {
+        name: table[name]
+        if pd.api.types.is_numeric_dtype(table[name])
+        else table[name].astype(object).where(table[name].notna(), "").astype(str).to_numpy(dtype=str)
+        for name in table.columns
+    }
+    numbers = Table.from_pandas(table[[name for name in columns if isinstance(columns[name], pd.Series)]])
+    return Table({name: numbers[name] if name in numbers.colnames else columns[name] for name in columns})

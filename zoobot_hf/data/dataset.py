@@ -1,0 +1,423 @@
+"""From a catalog, a folder or a Hub dataset to a `datasets.Dataset` with labels, and from there to its splits.
+
+A dataset has the columns `id_str` and `image`, and `label` where labels were asked for. Images are decoded when a row
+is read and not before. Pillow decodes them; for FITS images take the column without decoding,
+`dataset.cast_column("image", datasets.Image(decode=False))`, and hand the paths to the image processor.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import datasets
+import numpy as np
+import pandas as pd
+
+from zoobot_hf.data.catalog import (
+    CatalogError,
+    check_labels_exist,
+    describe,
+    find_catalog,
+    read_galaxies,
+    read_image_folder,
+)
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+# Zoobot 2.9.0 (galaxy-datasets 0.0.25, CatalogDataModule) splits 0.7, 0.1 and 0.2 for train, validation and test.
+VALIDATION_FRACTION = 0.1
+TEST_FRACTION = 0.2
+
+_SPLITS = ("train", "validation", "test")
+_HUB_IDENTIFIER = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def catalog_to_dataset(
+    catalog: pd.DataFrame,
+    *,
+    label_column: str | Sequence[str] | None,
+    label_names: Sequence[str] | None = None,
+    keep_columns: Sequence[str] = (),
+    problem_type: ProblemType = "single_label_classification",
+) -> datasets.Dataset:
+    """A dataset with a row for each row of a catalog, in the same order.
+
+    Args:
+        catalog: A table as `read_catalog` returns it.
+        label_column: Where the labels are, or None for a dataset without. Regression and multi-label classification
+            take several columns, one for each output.
+        label_names: The classes' names in the order of their numbers. Without them, a column X of 0 and 1 has the
+            classes "not X" and "X", and any other has its values as names, sorted. Labels are matched to names by
+            text, and else, if they are whole numbers, by position.
+        keep_columns: Further columns to keep.
+        problem_type: What the labels are: one class per galaxy; 0 or 1 for each of several columns; or numbers.
+
+    Returns:
+        A dataset with `id_str`, `image` (path only, decoded on access), the kept columns, and `label`: a `ClassLabel`,
+        or for the other two problem types a list of float32 with a value per column, NaN where it is missing.
+
+    Raises:
+        CatalogError: A column is not in the catalog, or a label is missing, not among `label_names`, or not a number
+            where it has to be.
+        ValueError: `problem_type` is unknown, or asks for one label column and got several.
+    """
+    columns = _list_columns(label_column, problem_type=problem_type)
+    _check_columns(catalog.columns, needed=["id_str", "file_loc", *columns, *keep_columns])
+    table = catalog[["id_str", "file_loc", *keep_columns]].rename(columns={"file_loc": "image"})
+    dataset = datasets.Dataset.from_pandas(table, preserve_index=False)
+    dataset = dataset.cast_column("id_str", datasets.Value("string")).cast_column("image", datasets.Image())
+    if not columns:
+        return dataset
+    return _add_labels(dataset, labels=catalog[columns], label_names=label_names, problem_type=problem_type)
+
+
+def load_galaxy_dataset(
+    source: str | Path,
+    *,
+    label_column: str | Sequence[str] | None,
+    label_names: Sequence[str] | None = None,
+    keep_columns: Sequence[str] = (),
+    problem_type: ProblemType = "single_label_classification",
+    id_column: str | None = "id_str",
+    image_column: str = "image",
+    configuration: str | None = None,
+    revision: str | None = None,
+) -> datasets.Dataset | datasets.DatasetDict:
+    """A dataset of galaxies from a catalog, a folder or the Hub.
+
+    Args:
+        source: A catalog file; a folder with a catalog; a folder of Parquet files as the Hub lays them out; a folder
+            of images, perhaps with `train`, `validation` and `test` below it; or the id of a dataset on the Hub.
+        label_column: As in `catalog_to_dataset`. In a folder of images the subfolders name the classes.
+        label_names: As in `catalog_to_dataset`. A Hub dataset's own class names are kept if this is None.
+        keep_columns: Further columns to keep.
+        problem_type: As in `catalog_to_dataset`.
+        id_column: The galaxies' names in a Hub dataset; None numbers its rows.
+        image_column: The images in a Hub dataset.
+        configuration: Which configuration of a Hub dataset.
+        revision: Which branch, tag or commit of a Hub dataset.
+
+    Returns:
+        A `Dataset` from a catalog or plain folder, and a `DatasetDict` where the source comes in splits; columns as in
+        `catalog_to_dataset`.
+
+    Raises:
+        CatalogError: There is nothing at `source`, here or on the Hub; a column is missing, with the columns there
+            are; or what `read_galaxies` and `catalog_to_dataset` refuse.
+    """
+    columns = _list_columns(label_column, problem_type=problem_type)
+    layout = _find_layout(source)
+    if layout == "galaxies":
+        names_classes = columns and problem_type == "single_label_classification"
+        return catalog_to_dataset(
+            read_galaxies(source, label_column=columns[0] if names_classes else None),
+            label_column=label_column,
+            label_names=label_names,
+            keep_columns=keep_columns,
+            problem_type=problem_type,
+        )
+    if layout == "image splits":
+        splits, labels = _read_image_splits(Path(source), columns=columns, keep_columns=keep_columns)
+    else:
+        splits = _load_hub_dataset(str(source), configuration=configuration, revision=revision)
+        labels = {name: _read_labels(split, columns=columns) for name, split in splits.items()}
+        splits = {
+            name: _rename_columns(split, id_column=id_column, image_column=image_column, keep_columns=keep_columns)
+            for name, split in splits.items()
+        }
+    if not columns:
+        return datasets.DatasetDict(splits)
+    if label_names is None and problem_type == "single_label_classification":
+        # Named over all splits together: a rare class may be absent from one of them.
+        label_names = _name_classes(pd.concat([table[columns[0]] for table in labels.values()]))
+    return datasets.DatasetDict(
+        {
+            name: _add_labels(split, labels=labels[name], label_names=label_names, problem_type=problem_type)
+            for name, split in splits.items()
+        }
+    )
+
+
+def split_dataset(
+    dataset: datasets.Dataset | datasets.DatasetDict,
+    *,
+    seed: int,
+    validation_fraction: float = VALIDATION_FRACTION,
+    test_fraction: float = TEST_FRACTION,
+    group_column: str = "id_str",
+) -> datasets.DatasetDict:
+    """Train, validation and test splits that share no galaxy and have the same share of every class.
+
+    The defaults are Zoobot's. Of a few hundred galaxies they leave a validation split of a few dozen, whose loss is
+    noisy: a fraction of 0.2 chooses the better epoch more reliably.
+
+    Args:
+        dataset: The galaxies, in one dataset or in splits. Splits that are there stay as they are; a missing validation
+            or test split is cut from `train`. If `label` is a `ClassLabel`, the cut is stratified by it.
+        seed: Decides, together with the groups' names, which galaxy goes where. The order of the rows does not matter.
+        validation_fraction: The share of what is cut that goes to validation, between 0 and 1.
+        test_fraction: The same for test. The two together are below 1.
+        group_column: Rows with the same value here are the same galaxy and stay together.
+
+    Returns:
+        A `DatasetDict` with `train`, `validation` and `test`; rows in the order of `dataset`.
+
+    Raises:
+        ValueError: A fraction is out of range, a column is missing, there is no `train` split to cut from, a galaxy is
+            in two of the splits there are, all galaxies are of one class, or a class has fewer galaxies than splits.
+    """
+    _check_fractions(validation_fraction=validation_fraction, test_fraction=test_fraction)
+    splits = dict(dataset) if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
+    if "train" not in splits:
+        raise ValueError(f"dataset has the splits {_quote(splits)} and no 'train'; rename the one to train on.")
+    groups = {name: _read_groups(split, group_column=group_column) for name, split in splits.items()}
+    _check_groups_are_disjoint(groups)
+    fractions = {"validation": validation_fraction, "test": test_fraction}
+    missing = {name: fraction for name, fraction in fractions.items() if name not in splits}
+    if missing:
+        rows = _assign_rows(splits["train"], groups=groups["train"], fractions=missing, seed=seed)
+        splits |= {name: splits["train"].select(indices) for name, indices in rows.items()}
+    others = [name for name in splits if name not in _SPLITS]
+    return datasets.DatasetDict({name: splits[name] for name in [*_SPLITS, *others]})
+
+
+def _list_columns(label_column: str | Sequence[str] | None, *, problem_type: ProblemType) -> list[str]:
+    if problem_type not in get_args(ProblemType):
+        raise ValueError(f"problem_type is {problem_type!r}; it must be one of {_quote(get_args(ProblemType))}.")
+    if label_column is None:
+        return []
+    columns = [label_column] if isinstance(label_column, str) else list(label_column)
+    if problem_type == "single_label_classification" and len(columns) != 1:
+        raise ValueError(
+            f"label_column is {columns}, but problem_type 'single_label_classification' takes one column; "
+            "name one, or choose another problem_type."
+        )
+    return columns
+
+
+def _find_layout(source: str | Path) -> Literal["galaxies", "image splits", "hub"]:
+    path = Path(source)
+    if not path.exists():
+        if not _HUB_IDENTIFIER.fullmatch(str(source)):
+            raise CatalogError(
+                f"source {str(source)!r} is neither a file or folder that is there nor the id of a Hub dataset, which "
+                "reads user/name; check the path."
+            )
+        return "hub"
+    if path.is_file() or find_catalog(path):
+        return "galaxies"
+    if any(path.rglob("*.parquet")):
+        return "hub"
+    return "image splits" if (path / "train").is_dir() else "galaxies"
+
+
+def _read_image_splits(
+    folder: Path, *, columns: list[str], keep_columns: Sequence[str]
+) -> tuple[dict[str, datasets.Dataset], dict[str, pd.DataFrame]]:
+    label_column = columns[0] if columns else None
+    catalogs = {
+        name: read_image_folder(folder / name, label_column=label_column)
+        for name in _SPLITS
+        if (folder / name).is_dir()
+    }
+    splits = {
+        name: catalog_to_dataset(catalog, label_column=None, keep_columns=keep_columns)
+        for name, catalog in catalogs.items()
+    }
+    return splits, {name: catalog[columns] for name, catalog in catalogs.items()}
+
+
+def _load_hub_dataset(source: str, *, configuration: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
+    try:
+        return dict(datasets.load_dataset(source, name=configuration, revision=revision))
+    except (OSError, ValueError) as error:
+        where = "folder" if Path(source).exists() else "no path that is there, and as a Hub dataset it"
+        raise CatalogError(
+            f"source {source!r}: the {where} can't be loaded: {error}. "
+            "Check the name, the configuration, the revision and the network."
+        ) from error
+
+
+def _read_labels(split: datasets.Dataset, *, columns: list[str]) -> pd.DataFrame:
+    _check_columns(split.column_names, needed=columns)
+    table: pd.DataFrame = split.select_columns(columns).to_pandas() if columns else pd.DataFrame()
+    for column in columns:
+        if isinstance(split.features[column], datasets.ClassLabel):
+            # Categories keep the order of the names; the code -1 is a missing label in both worlds.
+            codes = table[column].fillna(-1).astype("int64")
+            table[column] = pd.Categorical.from_codes(codes, categories=split.features[column].names)
+    return table
+
+
+def _rename_columns(
+    split: datasets.Dataset, *, id_column: str | None, image_column: str, keep_columns: Sequence[str]
+) -> datasets.Dataset:
+    needed = [image_column, *keep_columns] if id_column is None else [id_column, image_column, *keep_columns]
+    _check_columns(split.column_names, needed=needed)
+    dataset = split.select_columns(needed)
+    if id_column is None:
+        dataset = dataset.add_column("id_str", [f"{split.split}-{row}" for row in range(len(split))])
+    elif id_column != "id_str":
+        dataset = dataset.rename_column(id_column, "id_str")
+    if image_column != "image":
+        dataset = dataset.rename_column(image_column, "image")
+    if dataset.features["id_str"] != datasets.Value("string"):
+        dataset = dataset.cast_column("id_str", datasets.Value("string"))
+    if not isinstance(dataset.features["image"], datasets.Image):
+        dataset = dataset.cast_column("image", datasets.Image())
+    return dataset
+
+
+def _add_labels(
+    dataset: datasets.Dataset,
+    *,
+    labels: pd.DataFrame,
+    label_names: Sequence[str] | None,
+    problem_type: ProblemType,
+) -> datasets.Dataset:
+    if problem_type != "single_label_classification":
+        numbers = _encode_numbers(labels, zero_or_one=problem_type == "multi_label_classification")
+        return dataset.add_column("label", list(numbers), feature=datasets.List(datasets.Value("float32")))
+    column = labels.iloc[:, 0]
+    check_labels_exist(pd.Series(dataset["id_str"][:]), labels=column, column=str(column.name))
+    names = _name_classes(column) if label_names is None else list(label_names)
+    return dataset.add_column("label", _encode_classes(column, names=names), feature=datasets.ClassLabel(names=names))
+
+
+def _labels_as_text(labels: pd.Series) -> pd.Series:
+    if pd.api.types.is_bool_dtype(labels):
+        labels = labels.astype("int64")
+    if pd.api.types.is_float_dtype(labels):
+        if (labels % 1 != 0).any():
+            raise CatalogError(
+                f"column {labels.name!r} holds numbers such as {labels[labels % 1 != 0].iloc[0]}, which name no class; "
+                "choose a column of classes, or problem_type 'regression'."
+            )
+        labels = labels.astype("int64")
+    return labels.astype(str).str.strip()
+
+
+def _name_classes(labels: pd.Series) -> list[str]:
+    if isinstance(labels.dtype, pd.CategoricalDtype):
+        return [str(name) for name in labels.cat.categories]
+    values = set(_labels_as_text(labels.dropna()))
+    if values <= {"0", "1"}:
+        return [f"not {labels.name}", str(labels.name)]
+    if all(value.isdecimal() for value in values):
+        return sorted(values, key=int)
+    return sorted(values)
+
+
+def _encode_classes(labels: pd.Series, *, names: Sequence[str]) -> list[int]:
+    texts = _labels_as_text(labels)
+    numbers = {name: number for number, name in enumerate(names)}
+    if not set(texts) <= set(numbers):
+        by_position = {str(number): number for number in range(len(names))}
+        numbers = by_position if set(texts) <= set(by_position) else numbers
+    unknown = sorted(set(texts) - set(numbers))
+    if unknown:
+        raise CatalogError(
+            f"column {labels.name!r} has the labels {_quote(unknown[:5])}, {len(unknown)} in all, which are not among "
+            f"label_names {_quote(names)}; correct the labels or pass other label_names."
+        )
+    return [numbers[text] for text in texts]
+
+
+def _encode_numbers(labels: pd.DataFrame, *, zero_or_one: bool) -> np.ndarray:
+    numbers = labels.apply(pd.to_numeric, errors="coerce")
+    for column in labels.columns:
+        wrong = numbers[column].isna() & labels[column].notna()
+        if zero_or_one:
+            wrong |= ~(numbers[column].isin([0, 1]) | numbers[column].isna())
+        if wrong.any():
+            raise CatalogError(
+                f"column {column!r} has the label {labels[column][wrong].iloc[0]!r}; labels here must be "
+                f"{'0 or 1' if zero_or_one else 'numbers'}, or missing."
+            )
+    return np.asarray(numbers.to_numpy(dtype="float32", na_value=np.nan))
+
+
+def _check_columns(there: Sequence[str] | pd.Index, *, needed: Sequence[str]) -> None:
+    missing = [name for name in needed if name not in there]
+    if missing:
+        raise CatalogError(f"no column {_quote(missing)}; the columns are {_quote(there)}. Name one of these.")
+
+
+def _check_fractions(**fractions: float) -> None:
+    for name, fraction in fractions.items():
+        if not 0 < fraction < 1:
+            raise ValueError(f"{name} is {fraction}; it must be between 0 and 1.")
+    if sum(fractions.values()) >= 1:
+        raise ValueError(f"{' and '.join(fractions)} add up to {sum(fractions.values())}; leave some for training.")
+
+
+def _read_groups(split: datasets.Dataset, *, group_column: str) -> pd.Series:
+    _check_columns(split.column_names, needed=[group_column])
+    groups: pd.Series = split.select_columns([group_column]).to_pandas()[group_column].astype(str)
+    return groups
+
+
+def _check_groups_are_disjoint(groups: Mapping[str, pd.Series]) -> None:
+    names = list(groups)
+    for position, first in enumerate(names):
+        for second in names[position + 1 :]:
+            shared = sorted(set(groups[first]) & set(groups[second]))
+            if shared:
+                raise ValueError(
+                    f"the splits {first!r} and {second!r} share {describe(shared)}; a model tested on what it was "
+                    "trained on looks better than it is, so leave these out of one of the two."
+                )
+
+
+def _assign_rows(
+    dataset: datasets.Dataset, *, groups: pd.Series, fractions: Mapping[str, float], seed: int
+) -> dict[str, np.ndarray]:
+    # One row per group, in the order of their names, so that the order of the dataset's rows plays no part.
+    stratum_of_group = pd.Series(_read_strata(dataset), index=groups.to_numpy()).groupby(level=0).min()
+    _check_strata(stratum_of_group, number_of_splits=len(fractions) + 1)
+    generator = np.random.default_rng(seed)
+    split_of_group = pd.Series("train", index=stratum_of_group.index)
+    for _, members in stratum_of_group.groupby(stratum_of_group):
+        names = generator.permutation(members.index.to_numpy(dtype=object))
+        start = 0
+        for split, stop in _find_stops(len(names), fractions=fractions).items():
+            split_of_group[names[start:stop]] = split
+            start = stop
+    split_of_row = split_of_group[groups].to_numpy()
+    return {split: np.flatnonzero(split_of_row == split) for split in ["train", *fractions]}
+
+
+def _find_stops(count: int, *, fractions: Mapping[str, float]) -> dict[str, int]:
+    stops = {}
+    stop = 0
+    for position, (split, fraction) in enumerate(fractions.items()):
+        # At least one for this split, and one for each split after it and for train.
+        largest = count - stop - (len(fractions) - position)
+        stop += min(max(1, round(fraction * count)), largest)
+        stops[split] = stop
+    return stops
+
+
+def _read_strata(dataset: datasets.Dataset) -> list[str]:
+    feature = dataset.features.get("label")
+    if not isinstance(feature, datasets.ClassLabel):
+        return ["" for _ in range(len(dataset))]
+    return [feature.names[number] for number in dataset["label"][:]]
+
+
+def _check_strata(stratum_of_group: pd.Series, *, number_of_splits: int) -> None:
+    counts = stratum_of_group.value_counts()
+    if len(counts) == 1 and counts.index[0] != "":
+        raise ValueError(
+            f"all {counts.iloc[0]} galaxies have the label {counts.index[0]!r}; add galaxies of another class."
+        )
+    if counts.min() < number_of_splits:
+        raise ValueError(
+            f"class {counts.idxmin()!r} has {counts.min()} {'galaxy' if counts.min() == 1 else 'galaxies'}, fewer than "
+            f"the {number_of_splits} splits; add galaxies, or leave the class out."
+        )
+
+
+def _quote(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)

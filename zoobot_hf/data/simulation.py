@@ -1,0 +1,577 @@
+"""Galaxies drawn with known morphology: data for demonstrations, tests and pretraining that needs no download.
+
+Conventions. Images are (count, rows, columns, channels), first row at the top, north up and east to the left; the
+galaxy sits at the centre of the frame, (size - 1) / 2 in both directions. Position angles are in degrees from north
+through east. Surface brightness is in display units, in which the noise of a survey image is about 1. It does not
+depend on the number of pixels: drawings of one galaxy at two sizes show the same scene.
+
+The frame follows Galaxy Zoo DECaLS: 424 pixels, about 17 times the half-light radius, on a grey sky just above black
+(Walmsley et al. 2022, https://arxiv.org/abs/2102.08414). Levels, grain and colours were set by eye and by histogram
+against such images.
+"""
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from astropy.visualization import make_lupton_rgb
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+
+FloatArray = NDArray[np.float32]
+
+RING_CLASS_NAMES = ["not ring", "ring"]
+SMALLEST_SIZE = 32
+
+# Seeing and noise are stated on the survey's own grid and carried to the size that is drawn.
+SURVEY_SIZE = 424
+NATIVE_PIXEL_ARCSEC = 0.262  # Dark Energy Camera
+RADIUS_IN_SURVEY_FRAME = 25.0  # Galaxy Zoo DECaLS cuts its frames so that the half-light radius is about this, in pixels
+
+# `Dataset.from_generator` keeps what it made on disk: raise this number when the drawings change.
+DRAWING_VERSION = 1
+
+# Chunks of about this many pixels stay in the processor's cache; larger ones are slower.
+PIXELS_IN_A_CHUNK = 16 * 128 * 128
+
+# A galaxy has a stream of random numbers for each purpose, so that it never depends on the others in its table.
+PARAMETER_STREAM, TEXTURE_STREAM, SOURCE_STREAM, NOISE_STREAM = range(4)
+TEXTURE_MODES = 12
+
+# The display shows z, r, g as red, green, blue. A galaxy with these colours in magnitudes comes out grey.
+GREY_G_MINUS_R, GREY_R_MINUS_Z = 0.64, 0.52
+OLD_COLOURS, YOUNG_COLOURS = (0.76, 0.66), (0.42, 0.26)  # g - r, r - z
+SKY_LEVEL, STRETCH, SOFTENING = 1.6, 25.0, 8.0
+FAINTEST_COLOUR, COLOURED_ABOVE = 0.15, 5.0
+
+
+@dataclass(frozen=True)
+class SimulatedGalaxies:
+    """Drawn galaxies and what they were drawn from.
+
+    Attributes:
+        images: uint8, 0-255, (count, size, size, 3), red, green, blue.
+        parameters: A row for each image, in the same order; the columns are those of `draw_parameters`.
+    """
+
+    images: NDArray[np.uint8]
+    parameters: pd.DataFrame
+
+
+def simulate_galaxies(count: int, *, seed: int, size: int = 128, ring_fraction: float = 0.5) -> SimulatedGalaxies:
+    """Galaxies with their true parameters, all held in memory.
+
+    Galaxy i is the same for every `count`.
+
+    Args:
+        count: How many galaxies, 1 or more.
+        seed: Names the sample; 0 or more.
+        size: Height and width in pixels, 32 or more. The frame's field of view stays the same.
+        ring_fraction: Chance that a galaxy has a ring, 0 to 1.
+
+    Returns:
+        Images and parameters in the same order.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    parameters = draw_parameters(count, seed=seed, size=size, ring_fraction=ring_fraction)
+    return SimulatedGalaxies(images=draw_galaxies(parameters, seed=seed, size=size), parameters=parameters)
+
+
+def simulate_ring_dataset(count: int, *, seed: int, size: int = 128, ring_fraction: float = 0.5) -> Dataset:
+    """A dataset of drawn galaxies, written to the datasets cache chunk by chunk.
+
+    Args:
+        count: How many galaxies, 1 or more.
+        seed: Names the sample; 0 or more.
+        size: Height and width in pixels, 32 or more.
+        ring_fraction: Chance that a galaxy has a ring, 0 to 1.
+
+    Returns:
+        Columns `id_str`, `image` (JPEG of quality 95, decoded on access), `label` ("not ring" or "ring") and the other
+        columns of `draw_parameters`. The same arguments give the same dataset, the second time from the cache.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    columns = draw_parameters(1, seed=seed, size=size, ring_fraction=ring_fraction).drop(columns=["id_str", "ring"])
+    _check_at_least("count", count, 1)
+    kinds = {name: Value("int32" if kind.kind == "i" else "float32") for name, kind in columns.dtypes.items()}
+    features = {"id_str": Value("string"), "image": Image(), "label": ClassLabel(names=RING_CLASS_NAMES), **kinds}
+    arguments = {"count": count, "seed": seed, "size": size, "ring_fraction": ring_fraction}
+    return Dataset.from_generator(
+        _examples, features=Features(features), gen_kwargs={**arguments, "drawing_version": DRAWING_VERSION}
+    )
+
+
+def draw_parameters(
+    count: int, *, seed: int, size: int = 128, ring_fraction: float = 0.5, first: int = 0
+) -> pd.DataFrame:
+    """A table with the true parameters of galaxies `first` to `first + count - 1`, indexed by galaxy.
+
+    Args:
+        count: How many galaxies, 1 or more.
+        seed: Names the sample; 0 or more.
+        size: Height and width of the frame in pixels, 32 or more; only the columns in pixels depend on it.
+        ring_fraction: Chance that a galaxy has a ring, 0 to 1.
+        first: Number of the first galaxy, 0 or more.
+
+    Returns:
+        The index is the galaxy's number; columns, where "radii" means half-light radii of the disk:
+
+        - `id_str`: "simulated-{seed}-{number}".
+        - `ring`: 1 or 0.
+        - `half_light_arcsec`: apparent half-light radius, arcseconds; small ones are more blurred.
+        - `disk_radius_px`, `disk_sersic_index`: face-on half-light radius in pixels, profile of the disk.
+        - `surface_brightness`: of the disk, mean within its half-light radius, display units.
+        - `young_fraction`: of the disk's light, 0 to 1.
+        - `bulge_to_total`, `bulge_radius` (radii), `bulge_sersic_index`.
+        - `inclination_deg` (0 is face-on), `position_angle_deg` (of the major axis).
+        - `lopsidedness`: 0 is symmetric; the disk reaches out further by this fraction on one side.
+        - `bar_strength` (0 is none; relative to the disk's mean surface brightness), `bar_length` (radii),
+          `bar_angle_deg` (from the major axis, in the disk).
+        - `spiral_arms`, `spiral_strength` (0 is none; relative to the disk), `pitch_angle_deg`, `winding` (1 or -1).
+        - `clumpiness`: of arms and ring, 0 is smooth.
+        - `ring_strength` (0 is none; relative to the disk's own light there), `ring_radius` (radii), `ring_width`
+          (standard deviation over ring radius), `ring_axis_ratio` (in the disk, along the bar), `gap_depth` (0 to 1).
+        - `psf_fwhm_px`: seeing in pixels.
+        - `sky_noise`, `noise_grain`: noise in display units at 424 pixels, and its correlation length (Gaussian
+          sigma) there in pixels.
+        - `neighbour_count`: stars and other galaxies in the frame.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    _check_at_least("count", count, 1)
+    _check_at_least("seed", seed, 0)
+    _check_at_least("size", size, SMALLEST_SIZE)
+    if not 0 <= ring_fraction <= 1:
+        raise ValueError(f"ring_fraction is {ring_fraction}, allowed is 0 to 1: pass the share of rings, such as 0.5.")
+    numbers = range(first, first + count)
+    rows = [_one_galaxy(np.random.default_rng((seed, number, PARAMETER_STREAM)), ring_fraction) for number in numbers]
+    parameters = pd.DataFrame(rows, index=pd.Index(numbers, name="number"))
+    parameters[["disk_radius_px", "psf_fwhm_px"]] *= size / SURVEY_SIZE
+    parameters.insert(0, "id_str", [f"simulated-{seed}-{number:06d}" for number in numbers])
+    return parameters
+
+
+def draw_galaxies(parameters: pd.DataFrame, *, seed: int, size: int = 128) -> NDArray[np.uint8]:
+    """Images as a survey would show them: blurred, among stars and other galaxies, with noise and the Lupton stretch.
+
+    Args:
+        parameters: Table of `draw_parameters`, its values changed or not. The index chooses the random numbers for
+            texture, neighbours and noise.
+        seed: Names the sample; 0 or more.
+        size: Height and width in pixels; the one that the table was made for.
+
+    Returns:
+        uint8, 0-255, (count, size, size, 3) in the order of the table.
+    """
+    images = np.empty((len(parameters), size, size, 3), dtype=np.uint8)
+    for rows in _chunks(len(parameters), size):
+        galaxies = parameters.iloc[rows]
+        old, young = draw_light(galaxies, seed=seed, size=size)
+        bands = _mix_bands(old, young)
+        bands = _observe(bands, galaxies, seed=seed, size=size)
+        images[rows] = _to_rgb(bands)
+    return images
+
+
+def draw_light(parameters: pd.DataFrame, *, seed: int, size: int = 128) -> tuple[FloatArray, FloatArray]:
+    """The galaxies alone, before atmosphere and camera: the light of old and of young stars.
+
+    Args:
+        parameters: Table of `draw_parameters`, its values changed or not.
+        seed: Names the sample; 0 or more. It sets the texture of arms and rings only.
+        size: Height and width in pixels; the one that the table was made for.
+
+    Returns:
+        Two float32 arrays (count, size, size), surface brightness in display units, 0 or more.
+    """
+    radius, angle = _disk_coordinates(parameters, size)
+    disk = _column(parameters, "surface_brightness") * _disk_profile(radius, parameters) * _gap(radius, parameters)
+    texture = _texture(radius, angle, parameters, seed)
+    young_structure = disk * _spiral_arms(radius, angle, parameters) * texture
+    ring = _ring(radius, angle, parameters) * texture
+    young_fraction = _column(parameters, "young_fraction")
+    old = (1 - young_fraction) * disk + _bulge(parameters, size) + _bar(radius, angle, parameters)
+    # Rings of early-type disks are as red as the disk; those of late types are blue with it.
+    ring_youth = 0.25 + 0.75 * young_fraction
+    old += (1 - ring_youth) * ring
+    young = young_fraction * disk + young_structure + ring_youth * ring
+    return old, young
+
+
+def _check_at_least(name: str, value: int, smallest: int) -> None:
+    if value < smallest:
+        raise ValueError(f"{name} is {value}, allowed is {smallest} or more: pass a larger {name}.")
+
+
+def _examples(
+    count: int, seed: int, size: int, ring_fraction: float, drawing_version: int
+) -> Iterator[dict[str, object]]:
+    """Examples of the dataset; `drawing_version` only tells the cache apart."""
+    for rows in _chunks(count, size):
+        parameters = draw_parameters(
+            rows.stop - rows.start, seed=seed, size=size, ring_fraction=ring_fraction, first=rows.start
+        )
+        images = draw_galaxies(parameters, seed=seed, size=size)
+        records = parameters.rename(columns={"ring": "label"}).to_dict(orient="records")
+        for image, record in zip(images, records, strict=True):
+            yield {"image": {"bytes": _to_jpeg(image), "path": None}, **record}
+
+
+def _to_jpeg(image: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    PillowImage.fromarray(image).save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    length = max(1, PIXELS_IN_A_CHUNK // size**2)
+    for start in range(0, count, length):
+        yield slice(start, min(start + length, count))
+
+
+# --- what a galaxy is like -------------------------------------------------------------------------------------------
+
+
+def _one_galaxy(rng: np.random.Generator, ring_fraction: float) -> dict[str, float]:
+    has_ring = int(rng.random() < ring_fraction)
+    lateness = rng.random()  # 0: a red lenticular, 1: a blue late spiral
+    return {
+        "ring": has_ring,
+        **_frame_parameters(rng),
+        **_disk_parameters(rng, lateness),
+        **_bar_parameters(rng),
+        **_spiral_parameters(rng, lateness, has_ring),
+        **_ring_parameters(rng, has_ring),
+        "neighbour_count": int(rng.poisson(_log_normal(rng, 22, 0.5))),
+    }
+
+
+def _log_normal(rng: np.random.Generator, median: float, scatter: float) -> float:
+    return median * math.exp(scatter * rng.standard_normal())
+
+
+def _frame_parameters(rng: np.random.Generator) -> dict[str, float]:
+    half_light_arcsec = _log_normal(rng, 4.0, 0.4)
+    # Galaxy Zoo DECaLS stops zooming in at 0.1 arcseconds a pixel: smaller galaxies are smaller in the frame.
+    pixel_arcsec = max(half_light_arcsec / RADIUS_IN_SURVEY_FRAME, 0.1)
+    return {
+        "half_light_arcsec": half_light_arcsec,
+        "disk_radius_px": half_light_arcsec / pixel_arcsec * _log_normal(rng, 1.35, 0.35),
+        "psf_fwhm_px": _log_normal(rng, 1.25, 0.13) / pixel_arcsec,
+        "sky_noise": _log_normal(rng, 1.0, 0.2),
+        "noise_grain": 0.54 * NATIVE_PIXEL_ARCSEC / pixel_arcsec,
+    }
+
+
+def _disk_parameters(rng: np.random.Generator, lateness: float) -> dict[str, float]:
+    return {
+        "disk_sersic_index": rng.uniform(0.5, 1.15),
+        "surface_brightness": _log_normal(rng, 75 - 40 * lateness, 0.5),
+        "young_fraction": float(np.clip(rng.normal(0.9 * lateness - 0.05, 0.15), 0, 1)),
+        "bulge_to_total": float(np.clip(rng.normal(0.36 - 0.33 * lateness, 0.12), 0.01, 0.7)),
+        "bulge_radius": rng.uniform(0.08, 0.28),
+        "bulge_sersic_index": rng.uniform(1.0, 3.0),
+        # Random orientations are uniform in the cosine; the nearly edge-on ones show no ring to anyone.
+        "inclination_deg": math.degrees(math.acos(rng.uniform(0.38, 1.0))),
+        "position_angle_deg": rng.uniform(0, 180),
+        "lopsidedness": abs(rng.normal(0, 0.03 + 0.1 * lateness)),
+    }
+
+
+def _bar_parameters(rng: np.random.Generator) -> dict[str, float]:
+    has_bar = rng.random() < 0.5
+    return {
+        "bar_strength": _log_normal(rng, 1.8, 0.6) if has_bar else 0.0,
+        "bar_length": rng.uniform(0.4, 1.0),
+        "bar_angle_deg": rng.uniform(0, 180),
+    }
+
+
+def _spiral_parameters(rng: np.random.Generator, lateness: float, has_ring: int) -> dict[str, float]:
+    has_arms = rng.random() < (0.3 if has_ring else 0.45) + 0.4 * lateness
+    # Tightly wound arms nearly close: the sky's own imitation of a ring.
+    is_tight = rng.random() < 0.3
+    return {
+        "spiral_arms": int(rng.choice([2, 3, 4], p=[0.65, 0.2, 0.15])),
+        "spiral_strength": _log_normal(rng, 0.9, 0.5) if has_arms else 0.0,
+        "pitch_angle_deg": rng.uniform(5, 10) if is_tight else rng.uniform(10, 32),
+        "winding": int(rng.choice([-1, 1])),
+        "clumpiness": 0.15 + 0.55 * lateness * rng.random(),
+    }
+
+
+def _ring_parameters(rng: np.random.Generator, has_ring: int) -> dict[str, float]:
+    return {
+        "ring_strength": has_ring * _log_normal(rng, 0.75, 0.6),
+        "ring_radius": rng.uniform(0.9, 2.1),
+        "ring_width": rng.uniform(0.08, 0.2),
+        "ring_axis_ratio": rng.uniform(0.75, 1.0),
+        "gap_depth": has_ring * rng.uniform(0, 0.6),
+    }
+
+
+# --- its light -------------------------------------------------------------------------------------------------------
+
+
+def _column(parameters: pd.DataFrame, name: str) -> FloatArray:
+    """Values of a column that broadcast over (count, rows, columns)."""
+    return parameters[name].to_numpy(np.float32)[:, None, None]
+
+
+def _radians(parameters: pd.DataFrame, name: str) -> FloatArray:
+    return np.deg2rad(_column(parameters, name))
+
+
+def _disk_coordinates(parameters: pd.DataFrame, size: int) -> tuple[FloatArray, FloatArray]:
+    """Radius in half-light radii and angle from the major axis in radians, both measured in the plane of the disk."""
+    axis = np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)
+    west, north = axis[None, None, :], -axis[None, :, None]
+    position_angle = _radians(parameters, "position_angle_deg")
+    sine, cosine = np.sin(position_angle), np.cos(position_angle)
+    major = north * cosine - west * sine
+    minor = (north * sine + west * cosine) / np.cos(_radians(parameters, "inclination_deg"))
+    angle = np.arctan2(minor, major)
+    radius = np.hypot(major, minor) / _column(parameters, "disk_radius_px")
+    lopsided_side = 2 * _radians(parameters, "bar_angle_deg")
+    radius /= 1 + _column(parameters, "lopsidedness") * np.cos(angle - lopsided_side)
+    return radius, angle
+
+
+def _sersic(radius: FloatArray, index: FloatArray) -> FloatArray:
+    """Sersic profile whose mean within the half-light radius is 1.
+
+    The scale b_n is the expansion of Ciotti & Bertin (1999), https://arxiv.org/abs/astro-ph/9911078, equation 18.
+
+    Args:
+        radius: In half-light radii, (count, rows, columns).
+        index: Sersic index, 0.4 or more, broadcasting with the radius.
+    """
+    scale = 2 * index - 1 / 3 + 4 / (405 * index) + 46 / (25515 * index**2)
+    gamma = np.vectorize(math.gamma)(2 * index)
+    centre = scale ** (2 * index) / (2 * index * gamma) / 2
+    # float32 throughout: double would take twice the time and not change a pixel.
+    return np.exp(-scale * radius ** (1 / index)) * centre.astype(np.float32)
+
+
+def _disk_profile(radius: FloatArray, parameters: pd.DataFrame) -> FloatArray:
+    return _sersic(radius, _column(parameters, "disk_sersic_index"))
+
+
+def _gap(radius: FloatArray, parameters: pd.DataFrame) -> FloatArray:
+    """Share of the disk's light that is left where a ring has swept up the gas inside it."""
+    distance = (radius / _column(parameters, "ring_radius") - 0.62) / 0.2
+    return 1 - _column(parameters, "gap_depth") * np.exp(-0.5 * distance**2)
+
+
+def _bulge(parameters: pd.DataFrame, size: int) -> FloatArray:
+    """A slightly flattened spheroid that holds its share of the total flux."""
+    flattened = parameters.assign(
+        # A bulge looks rounder than its disk: half of the inclination, and no lopsidedness.
+        inclination_deg=parameters["inclination_deg"] / 2,
+        disk_radius_px=parameters["disk_radius_px"] * parameters["bulge_radius"],
+        lopsidedness=0.0,
+    )
+    radius, _ = _disk_coordinates(flattened, size)
+    share = _column(parameters, "bulge_to_total")
+    disk_axis_ratio = np.cos(_radians(parameters, "inclination_deg"))
+    bulge_axis_ratio = np.cos(_radians(flattened, "inclination_deg"))
+    flux_ratio = share / (1 - share) * disk_axis_ratio / bulge_axis_ratio
+    brightness = _column(parameters, "surface_brightness") * flux_ratio / _column(parameters, "bulge_radius") ** 2
+    # A steep bulge is cut at a fifth of its radius, as no camera resolves it further; the seeing hides the difference.
+    return brightness * _sersic(np.maximum(radius, np.float32(0.1)), _column(parameters, "bulge_sersic_index"))
+
+
+def _bar(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> FloatArray:
+    turned = angle - _radians(parameters, "bar_angle_deg")
+    along = radius * np.cos(turned) / _column(parameters, "bar_length")
+    across = radius * np.sin(turned) / (0.28 * _column(parameters, "bar_length"))
+    squared = along**2 + across**2
+    brightness = _column(parameters, "bar_strength") * _column(parameters, "surface_brightness")
+    return brightness * np.exp(-1.5 * squared)
+
+
+def _spiral_arms(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> FloatArray:
+    """Brightness of logarithmic arms relative to the disk; they start where the bar ends."""
+    pitch = np.tan(_radians(parameters, "pitch_angle_deg")) * _column(parameters, "winding")
+    turned = angle - _radians(parameters, "bar_angle_deg") - np.log(radius + np.float32(1e-3)) / pitch
+    wave = np.cos(_column(parameters, "spiral_arms") * turned)
+    start = np.clip((radius / _column(parameters, "bar_length") - 0.7) / 0.6, 0, 1)
+    return _column(parameters, "spiral_strength") * start * np.exp(2.2 * (wave - 1)) * 1.6
+
+
+def _ring(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> FloatArray:
+    turned = angle - _radians(parameters, "bar_angle_deg")
+    stretch = 1 + (1 / _column(parameters, "ring_axis_ratio") - 1) * np.sin(turned) ** 2
+    place = _column(parameters, "ring_radius")
+    distance = (radius * stretch / place - 1) / _column(parameters, "ring_width")
+    disk_there = _column(parameters, "surface_brightness") * _disk_profile(place, parameters)
+    return _column(parameters, "ring_strength") * disk_there * np.exp(-0.5 * distance**2)
+
+
+def _texture(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame, seed: int) -> FloatArray:
+    """Patchiness of star formation, about 1 on average: the exponential of a few random waves on the disk."""
+    rows = [_texture_modes(np.random.default_rng((seed, int(number), TEXTURE_STREAM))) for number in parameters.index]
+    across, around, phase = np.stack(rows, axis=1)[..., None, None].astype(np.float32)
+    waves = np.zeros_like(radius)
+    for mode in range(TEXTURE_MODES):
+        waves += np.cos(across[:, mode] * radius + around[:, mode] * angle + phase[:, mode])
+    amplitude = _column(parameters, "clumpiness")
+    return np.exp(amplitude * waves * math.sqrt(2 / TEXTURE_MODES) - amplitude**2 / 2)
+
+
+def _texture_modes(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Radial wave numbers, azimuthal wave numbers (whole, or the wave would break where it closes) and phases."""
+    across = rng.normal(0, 7, TEXTURE_MODES)
+    around = rng.integers(1, 14, TEXTURE_MODES)
+    return np.stack([across, around, rng.uniform(0, 2 * math.pi, TEXTURE_MODES)])
+
+
+# --- atmosphere, neighbours, camera ----------------------------------------------------------------------------------
+
+
+def _band_weights(g_minus_r: FloatArray, r_minus_z: FloatArray) -> FloatArray:
+    """Brightness in z, r, g of something of brightness 1 in r, with grey things at 1, 1, 1."""
+    z = 10 ** (0.4 * (r_minus_z - GREY_R_MINUS_Z))
+    g = 10 ** (-0.4 * (g_minus_r - GREY_G_MINUS_R))
+    return np.stack([z, np.ones_like(g), g], axis=-1).astype(np.float32)
+
+
+def _mix_bands(old: FloatArray, young: FloatArray) -> FloatArray:
+    old_weights, young_weights = (
+        _band_weights(np.float32(colours[0]), np.float32(colours[1]))[:, None, None]
+        for colours in (OLD_COLOURS, YOUNG_COLOURS)
+    )
+    return old[:, None] * old_weights + young[:, None] * young_weights
+
+
+def _observe(bands: FloatArray, parameters: pd.DataFrame, *, seed: int, size: int) -> FloatArray:
+    """Bands (count, 3, rows, columns) after the seeing, with neighbours and correlated noise."""
+    seeing = np.fft.rfft2(_seeing(parameters, size))[:, None]
+    noise, grain = _white_noise(parameters, seed, size), _grain(parameters, size)
+    spectrum = np.fft.rfft2(bands) * seeing + np.fft.rfft2(noise) * grain[:, None]
+    observed: FloatArray = np.fft.irfft2(spectrum, s=(size, size)).astype(np.float32)
+    _add_neighbours(observed, parameters, seed)
+    return observed
+
+
+def _seeing(parameters: pd.DataFrame, size: int) -> FloatArray:
+    """Moffat profiles (beta 3) of sum 1 about pixel (0, 0), as a Fourier transform wants them."""
+    offset = np.fft.fftfreq(size, 1 / size).astype(np.float32)
+    squared = offset[:, None] ** 2 + offset[None, :] ** 2
+    profile = (1 + squared / _moffat_scale(_column(parameters, "psf_fwhm_px")) ** 2) ** -3
+    return profile / profile.sum(axis=(1, 2), keepdims=True)
+
+
+def _moffat_scale(fwhm: FloatArray) -> FloatArray:
+    return fwhm / np.float32(2 * math.sqrt(2 ** (1 / 3) - 1))
+
+
+def _white_noise(parameters: pd.DataFrame, seed: int, size: int) -> FloatArray:
+    generators = [np.random.default_rng((seed, int(number), NOISE_STREAM)) for number in parameters.index]
+    return np.stack([rng.standard_normal((3, size, size), dtype=np.float32) for rng in generators])
+
+
+def _grain(parameters: pd.DataFrame, size: int) -> FloatArray:
+    """Filter in Fourier space that turns white noise of variance 1 into sky noise.
+
+    A coadd's noise is smooth over the camera's pixel. Drawn on a coarser grid it averages out: noise of correlation
+    length s keeps 1 / (4 pi s^2 + p^2) of its power in pixels of side p.
+    """
+    pixel = SURVEY_SIZE / size
+    grain = _column(parameters, "noise_grain")
+    down, across = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]
+    squared = (down**2 + across**2).astype(np.float32)
+    shape = np.exp(-2 * (np.pi * grain / np.float32(pixel)) ** 2 * squared)
+    area = 4 * np.pi * grain**2
+    level = _column(parameters, "sky_noise") * np.sqrt((area + 1) / (area + pixel**2))
+    # The display averages three bands, which takes the square root of 3 from their noise.
+    return (math.sqrt(3) * level / np.sqrt((shape**2).mean(axis=(1, 2), keepdims=True)) * shape).astype(np.float32)
+
+
+def _add_neighbours(bands: FloatArray, parameters: pd.DataFrame, seed: int) -> None:
+    """Adds stars and other galaxies to the bands in place, each on a small patch."""
+    size = bands.shape[-1]
+    reach = size // 8
+    for image, (number, galaxy) in zip(bands, parameters.iterrows(), strict=True):
+        rng = np.random.default_rng((seed, int(str(number)), SOURCE_STREAM))
+        sources = _draw_sources(rng, int(galaxy["neighbour_count"]))
+        _stamp(image, sources, fwhm=galaxy["psf_fwhm_px"], reach=reach)
+
+
+def _draw_sources(rng: np.random.Generator, count: int) -> dict[str, FloatArray]:
+    """Values (count, 1, 1) of the neighbours: place in the frame, brightness, shape and band weights."""
+    is_star = rng.random(count) < 0.4
+    # Number counts rise as the inverse of the brightness; the cap keeps one star from filling the frame.
+    peak = np.minimum(1.5 / (1 - rng.random(count)), np.where(is_star, 3000, 100))
+    g_minus_r = np.where(is_star, rng.uniform(0.3, 1.4, count), rng.normal(0.85, 0.25, count))
+    # Stars and galaxies lie along nearly the same line in these two colours.
+    weights = _band_weights(g_minus_r, 0.85 * g_minus_r - 0.05 + rng.normal(0, 0.1, count))
+    extent = np.where(is_star, 0, np.exp(rng.normal(-0.4, 0.6, count)))
+    sources = {
+        "row": rng.random(count),
+        "column": rng.random(count),
+        "extent": extent,
+        "axis_ratio": rng.uniform(0.3, 1, count),
+        "angle": rng.uniform(0, math.pi, count),
+        **{band: peak * weights[:, position] for position, band in enumerate("zrg")},
+    }
+    # Each value broadcasts over a patch.
+    return {name: values.astype(np.float32)[:, None, None] for name, values in sources.items()}
+
+
+def _stamp(image: FloatArray, sources: dict[str, FloatArray], *, fwhm: float, reach: int) -> None:
+    """Adds Moffat profiles to one image in place.
+
+    Args:
+        image: (3, rows, columns).
+        sources: As `_draw_sources` returns them.
+        fwhm: Seeing in pixels.
+        reach: Half of a patch's width in pixels; profiles fall to 0 there.
+    """
+    size = image.shape[-1]
+    steps = np.arange(-reach, reach + 1)
+    rows = np.floor(sources["row"] * size).astype(int) + steps[:, None]
+    columns = np.floor(sources["column"] * size).astype(int) + steps[None, :]
+    down, across = rows - sources["row"] * size, columns - sources["column"] * size
+    profile = _patch_profile(down, across, sources, fwhm=fwhm)
+    inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
+    places = (rows * size + columns)[inside]
+    for plane, band in zip(image.reshape(3, -1), "zrg", strict=True):
+        np.add.at(plane, places, (sources[band] * profile)[inside])
+
+
+def _patch_profile(
+    down: FloatArray, across: FloatArray, sources: dict[str, FloatArray], *, fwhm: float
+) -> FloatArray:
+    """Elliptical Moffat profiles of peak 1, lowered so that they end at the border of the patch."""
+    star = _moffat_scale(np.float32(fwhm))
+    major = np.sqrt(star**2 + (sources["extent"] * star) ** 2)
+    minor = np.sqrt(star**2 + (sources["extent"] * sources["axis_ratio"] * star) ** 2)
+    sine, cosine = np.sin(sources["angle"]), np.cos(sources["angle"])
+    squared = ((down * cosine - across * sine) / major) ** 2 + ((down * sine + across * cosine) / minor) ** 2
+    profile = (1 + squared) ** -3
+    border = np.maximum(profile[:, :1].max(axis=2, keepdims=True), profile[:, :, :1].max(axis=1, keepdims=True))
+    return np.maximum(profile - border, 0).astype(np.float32)
+
+
+def _to_rgb(bands: FloatArray) -> NDArray[np.uint8]:
+    """The stretch of Lupton et al. (2004), https://arxiv.org/abs/astro-ph/0312483, on (count, 3, rows, columns).
+
+    As Galaxy Zoo DECaLS does, what is no brighter than the noise is shown nearly grey.
+    """
+    count, _, size, _ = bands.shape
+    mean = bands.mean(axis=1, keepdims=True)
+    signal = np.clip(mean / COLOURED_ABOVE, 0, 1) ** 2
+    greyed = mean + (bands - mean) * (FAINTEST_COLOUR + (1 - FAINTEST_COLOUR) * signal) + SKY_LEVEL
+    # The stretch is pixel by pixel and astropy's takes one image: the chunk goes in as one tall image.
+    z, r, g = np.moveaxis(greyed, 1, 0).reshape(3, count * size, size)
+    return make_lupton_rgb(z, r, g, stretch=STRETCH, Q=SOFTENING).reshape(count, size, size, 3)

@@ -1,0 +1,468 @@
+"""Metrics of classification and regression as `evaluate.Metric` classes that need no network.
+
+`evaluate.load` fetches a metric's code when it is called; these are ordinary classes, with scikit-learn's arithmetic.
+
+Single-label classification with two labels scores label 1 as the positive class. With more labels every label is scored
+against the rest, and multi-label classification scores every label by itself, over the galaxies where it is known; both
+report the mean over the labels. A score that is not defined is NaN, without a warning, and such a label is left out of
+the mean:
+
+- `completeness` of a label that no galaxy in the references has,
+- `purity` of a label that was never predicted,
+- `f1` of a label that is neither in the references nor predicted,
+- `roc_auc` of a label that no galaxy has, or that every galaxy has,
+- `average_precision` of a label that no galaxy has,
+- `r2` of an output with fewer than two different references,
+- every score of an output, or of one of several labels, without any reference.
+
+Otherwise `accuracy`, `balanced_accuracy` (the mean completeness of the classes that are there), `log_loss` and
+`confusion` are always defined.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import numpy.typing as npt
+import sklearn.metrics
+from transformers import EvalPrediction
+
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
+
+DECISION_THRESHOLD = 0.5  # multi-label: a label is predicted from this probability on
+SUM_TOLERANCE = 1e-3  # float16 probabilities of many labels add up to 1 no more closely than this
+
+Floats = npt.NDArray[np.floating[Any]]
+Integers = npt.NDArray[np.integer[Any]]
+Booleans = npt.NDArray[np.bool_]
+
+
+class _MetricInMemory(evaluate.Metric):  # type: ignore[misc, unused-ignore]
+    """A metric that keeps what it is given in memory and writes nothing to disk."""
+
+    summary = ""
+
+    def __init__(self, config_name: str | None = None, **options: Any) -> None:
+        super().__init__(config_name, keep_in_memory=True, **options)
+
+    def _build_data_dir(self) -> str:
+        # The original makes a folder under HF_HOME for a cache file that a metric in memory never writes.
+        return ""
+
+    def _module_information(self, features: datasets.Features) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(description=self.summary, citation="", inputs_description="", features=features)
+
+
+class ClassificationMetric(_MetricInMemory):
+    """A score of predicted probabilities against labels.
+
+    `compute(predictions=..., references=...)` returns a dictionary with the metric's name and its value.
+    `predictions` are probabilities, 0-1: after softmax, (n, labels), for single-label classification; after sigmoid,
+    (n, labels), for multi-label classification. `references` are label numbers, (n,), or 0, 1 and NaN where it is not
+    known, (n, labels).
+
+    Args:
+        config_name: "single_label_classification", which is also the meaning of leaving it out, or
+            "multi_label_classification".
+        options: Further arguments of `evaluate.Metric`.
+
+    Raises:
+        ValueError: From `compute`, when there is no galaxy, when a prediction is not a probability, or when a reference
+            is not one of the labels.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        several = datasets.Sequence(datasets.Value("float64"))
+        references = several if self.config_name == MULTI_LABEL else datasets.Value("int64")
+        return self._module_information(datasets.Features({"predictions": several, "references": references}))
+
+    def _compute(
+        self, *, predictions: Sequence[Sequence[float]], references: Sequence[Any]
+    ) -> dict[str, float | list[Any]]:
+        probabilities = np.asarray(predictions, dtype=np.float64)
+        labels = np.asarray(references)
+        if self.config_name == MULTI_LABEL:
+            _check_multi_label(probabilities, labels)
+            return {self.name: self._score_multi_label(probabilities, labels)}
+        _check_single_label(probabilities, labels)
+        return {self.name: self._score_single_label(_rows_that_add_up_to_one(probabilities), labels)}
+
+    def _score_single_label(self, probabilities: Floats, labels: Integers) -> float | list[Any]:
+        """The score of one label for each galaxy."""
+        raise NotImplementedError
+
+    def _score_multi_label(self, probabilities: Floats, labels: Floats) -> float | list[Any]:
+        scores = []
+        for probability, label in zip(probabilities.T, labels.T, strict=True):
+            known = ~np.isnan(label)
+            if known.any():
+                is_predicted = probability[known] >= DECISION_THRESHOLD
+                scores.append(self._score_label(label[known] == 1, is_predicted, probability=probability[known]))
+        return _mean_of_defined(scores)
+
+    def _score_label(self, is_true: Booleans, is_predicted: Booleans, *, probability: Floats) -> float:
+        """The score of one label by itself; all three are (n,)."""
+        raise NotImplementedError
+
+
+class _MeanOverLabels(ClassificationMetric):
+    """A score that each label has by itself also where a galaxy has one label only."""
+
+    def _score_single_label(self, probabilities: Floats, labels: Integers) -> float:
+        label_count = probabilities.shape[1]
+        predicted = probabilities.argmax(axis=1)
+        scored = [1] if label_count == 2 else range(label_count)
+        return _mean_of_defined(
+            [self._score_label(labels == i, predicted == i, probability=probabilities[:, i]) for i in scored]
+        )
+
+
+class Accuracy(ClassificationMetric):
+    """The share of galaxies whose most probable label is the true one."""
+
+    summary = "Share of galaxies that were given their true label, 0-1."
+
+    def _score_single_label(self, probabilities: Floats, labels: Integers) -> float:
+        return float(np.mean(probabilities.argmax(axis=1) == labels))
+
+    def _score_label(self, is_true: Booleans, is_predicted: Booleans, *, probability: Floats) -> float:
+        return float(np.mean(is_true == is_predicted))
+
+
+class BalancedAccuracy(ClassificationMetric):
+    """The mean over classes of the share of a class that was recognised."""
+
+    summary = "Mean completeness of the classes that are in the references, 0-1."
+
+    def _score_single_label(self, probabilities: Floats, labels: Integers) -> float:
+        return _mean_completeness(labels, probabilities.argmax(axis=1))
+
+    def _score_label(self, is_true: Booleans, is_predicted: Booleans, *, probability: Floats) -> float:
+        return _mean_completeness(is_true, is_predicted)
+
+
+class Completeness(_MeanOverLabels):
+    """The share of the galaxies with a label that were given it (recall)."""
+
+    summary = "Completeness (recall), 0-1."
+
+    def _score_label(self, is_true: Booleans, is_predicted: Booleans, *, probability: Floats) -> float:
+        return float(sklearn.metrics.recall_score(is_true, is_predicted, zero_division=np.nan))
+
+
+class Purity(_MeanOverLabels):
+    """The share of the galaxies that were given a label that do have it (precision)."""
+
+    summary = "Purity (precision), 0-1."
+
+    def _score_label(self, is_true: Booleans, is_predicted: Booleans, *, probability: Floats) -> float:
+        return float(sklearn.metrics.precision_score(is_true, is_predicted, zero_division=np.nan))
+
+
+class F1(_MeanOverLabels):
+    """The harmonic mean of completeness (recall) and purity (precision)."""
+
+    summary = "Harmonic mean of completeness and purity, 0-1."
+
+    def _score_label(self, is_true: Booleans, is_predicted: Booleans, *, probability: Floats) -> float:
+        return float(sklearn.metrics.f1_score(is_true, is_predicted, zero_division=np.nan))
+
+
+class RocAuc(_MeanOverLabels):
+    """The chance that a galaxy with a label is given a higher probability of it than a galaxy without."""
+
+    summary = "Area under the receiver operating characteristic, 0-1; 0.5 is guessing."
+
+    def _score_label(self, is_true: Booleans, is_predicted: Booleans, *, probability: Floats) -> float:
+        if is_true.all() or not is_true.any():
+            return float("nan")
+        return float(sklearn.metrics.roc_auc_score(is_true, probability))
+
+
+class AveragePrecision(_MeanOverLabels):
+    """The area under the curve of purity against completeness; guessing scores the label's prevalence."""
+
+    summary = "Area under the curve of purity against completeness, 0-1."
+
+    def _score_label(self, is_true: Booleans, is_predicted: Booleans, *, probability: Floats) -> float:
+        if not is_true.any():
+            return float("nan")
+        return float(sklearn.metrics.average_precision_score(is_true, probability))
+
+
+class LogLoss(ClassificationMetric):
+    """The mean of minus the natural logarithm of the probability of the true label.
+
+    scikit-learn clips probabilities at a float64's smallest step, so that a certain and wrong prediction costs about 36.
+    """
+
+    summary = "Cross-entropy in nats, 0 or more; lower is better."
+
+    def _score_single_label(self, probabilities: Floats, labels: Integers) -> float:
+        return float(sklearn.metrics.log_loss(labels, probabilities, labels=np.arange(probabilities.shape[1])))
+
+    def _score_label(self, is_true: Booleans, is_predicted: Booleans, *, probability: Floats) -> float:
+        return float(sklearn.metrics.log_loss(is_true, probability, labels=[False, True]))
+
+
+class Confusion(ClassificationMetric):
+    """Counts of galaxies as a nested list: rows are the true label, columns the predicted one.
+
+    For multi-label classification: a list with one such table, without and with the label, for each label.
+    """
+
+    summary = "Counts of galaxies; rows are the true label, columns the predicted one."
+
+    def _score_single_label(self, probabilities: Floats, labels: Integers) -> list[Any]:
+        return _counts(labels, probabilities.argmax(axis=1), label_count=probabilities.shape[1])
+
+    def _score_multi_label(self, probabilities: Floats, labels: Floats) -> list[Any]:
+        tables = []
+        for probability, label in zip(probabilities.T, labels.T, strict=True):
+            known = ~np.isnan(label)
+            tables.append(_counts(label[known] == 1, probability[known] >= DECISION_THRESHOLD, label_count=2))
+        return tables
+
+
+class RegressionMetric(_MetricInMemory):
+    """A score of predicted values against measured ones, the mean over the outputs that have any reference.
+
+    `compute(predictions=..., references=...)` returns a dictionary with the metric's name and its value. Both inputs
+    are (n, outputs), in the units of the labels; a reference that is NaN is missing and counts for nothing.
+
+    Raises:
+        ValueError: From `compute`, when there is no galaxy, when the shapes differ, or when a prediction is not finite.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        values = datasets.Sequence(datasets.Value("float64"))
+        return self._module_information(datasets.Features({"predictions": values, "references": values}))
+
+    def _compute(
+        self, *, predictions: Sequence[Sequence[float]], references: Sequence[Sequence[float]]
+    ) -> dict[str, float]:
+        predicted = np.asarray(predictions, dtype=np.float64)
+        measured = np.asarray(references, dtype=np.float64)
+        _check_regression(predicted, measured)
+        scores = []
+        for output in range(measured.shape[1]):
+            there = ~np.isnan(measured[:, output])
+            if there.any():
+                scores.append(self._score_output(measured[there, output], predicted[there, output]))
+        return {self.name: _mean_of_defined(scores)}
+
+    def _score_output(self, measured: Floats, predicted: Floats) -> float:
+        raise NotImplementedError
+
+
+class MeanAbsoluteError(RegressionMetric):
+    """The mean distance between prediction and reference."""
+
+    summary = "Mean absolute error, in the units of the labels."
+
+    def _score_output(self, measured: Floats, predicted: Floats) -> float:
+        return float(sklearn.metrics.mean_absolute_error(measured, predicted))
+
+
+class RootMeanSquaredError(RegressionMetric):
+    """The root of the mean squared distance between prediction and reference."""
+
+    summary = "Root of the mean squared error, in the units of the labels."
+
+    def _score_output(self, measured: Floats, predicted: Floats) -> float:
+        return float(sklearn.metrics.root_mean_squared_error(measured, predicted))
+
+
+class R2(RegressionMetric):
+    """The share of the references' variance that the predictions explain; 0 is predicting the mean, 1 is exact."""
+
+    summary = "Coefficient of determination, 1 or less."
+
+    def _score_output(self, measured: Floats, predicted: Floats) -> float:
+        if measured.min() == measured.max():
+            return float("nan")
+        return float(sklearn.metrics.r2_score(measured, predicted))
+
+
+_CLASSIFICATION_METRICS = (
+    Accuracy,
+    BalancedAccuracy,
+    Completeness,
+    Purity,
+    F1,
+    RocAuc,
+    AveragePrecision,
+    LogLoss,
+    Confusion,
+)
+_REGRESSION_METRICS = (MeanAbsoluteError, RootMeanSquaredError, R2)
+
+
+def metrics_for(problem_type: str, *, include_confusion: bool = True) -> evaluate.CombinedEvaluations:
+    """Every metric that belongs to a problem type, combined into one.
+
+    A metric holds what it was given until it is computed: make one for each thread.
+
+    Args:
+        problem_type: "single_label_classification", "multi_label_classification" or "regression".
+        include_confusion: Whether the counts, which are lists and not numbers, are among the results.
+
+    Returns:
+        An object whose `compute(predictions=..., references=...)` returns a dictionary from metric name to value. For
+        classification the predictions are probabilities, after softmax or sigmoid.
+
+    Raises:
+        ValueError: When the problem type is none of the three.
+    """
+    if problem_type == REGRESSION:
+        return evaluate.combine([metric() for metric in _REGRESSION_METRICS])
+    if problem_type not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type is {problem_type!r}; choose one of {', '.join(PROBLEM_TYPES)}.")
+    chosen = [metric for metric in _CLASSIFICATION_METRICS if include_confusion or metric is not Confusion]
+    return evaluate.combine([metric(problem_type) for metric in chosen])
+
+
+def metrics_for_trainer(
+    problem_type: str, *, include_confusion: bool = False
+) -> Callable[[EvalPrediction], dict[str, Any]]:
+    """A function for `Trainer`'s `compute_metrics`.
+
+    Args:
+        problem_type: "single_label_classification", "multi_label_classification" or "regression".
+        include_confusion: Whether the counts are among the results. `Trainer` logs numbers only, so leave them out of
+            training and ask for them when the results go to a file.
+
+    Returns:
+        A function from an `EvalPrediction` to a dictionary from metric name to value. It takes logits, before softmax
+        or sigmoid, and applies that itself; a regression's outputs are taken as they are.
+
+    Raises:
+        ValueError: When the problem type is none of the three.
+    """
+    metrics_for(problem_type)  # a wrong problem type shows here, and not after the first epoch
+
+    def compute_metrics(evaluated: EvalPrediction) -> dict[str, Any]:
+        predictions, references = _predictions_and_references(evaluated, problem_type)
+        metrics = metrics_for(problem_type, include_confusion=include_confusion)
+        results: dict[str, Any] = metrics.compute(predictions=predictions, references=references)
+        return results
+
+    return compute_metrics
+
+
+def softmax(logits: npt.ArrayLike) -> Floats:
+    """Probabilities over labels that add up to 1 in each row, without overflow for logits of any size.
+
+    Args:
+        logits: Unbounded scores, (n, labels).
+
+    Returns:
+        float64, (n, labels), in the order of the rows given.
+    """
+    scores = np.asarray(logits, dtype=np.float64)
+    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+
+
+def sigmoid(logits: npt.ArrayLike) -> Floats:
+    """The probability of each label by itself, without overflow for logits of any size.
+
+    Args:
+        logits: Unbounded scores, any shape.
+
+    Returns:
+        float64, 0-1, of the shape given.
+    """
+    # tanh saturates where exp would overflow.
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * np.asarray(logits, dtype=np.float64))))
+
+
+def _predictions_and_references(
+    evaluated: EvalPrediction, problem_type: str
+) -> tuple[Floats, npt.NDArray[Any]]:
+    # Trainer hands over a tuple when the model returns more than logits; logits come first.
+    logits = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
+    references = np.asarray(evaluated.label_ids)
+    if problem_type == SINGLE_LABEL:
+        return softmax(logits), references
+    if problem_type == MULTI_LABEL:
+        return sigmoid(logits), references
+    values = np.asarray(logits, dtype=np.float64)
+    return values.reshape(len(values), -1), references.reshape(len(values), -1)
+
+
+def _mean_of_defined(scores: Sequence[float]) -> float:
+    defined = [score for score in scores if not np.isnan(score)]
+    return float(np.mean(defined)) if defined else float("nan")
+
+
+def _mean_completeness(labels: npt.NDArray[Any], predicted: npt.NDArray[Any]) -> float:
+    return float(np.mean([np.mean(predicted[labels == label] == label) for label in np.unique(labels)]))
+
+
+def _counts(labels: npt.NDArray[Any], predicted: npt.NDArray[Any], *, label_count: int) -> list[Any]:
+    table = np.zeros((label_count, label_count), dtype=np.int64)
+    np.add.at(table, (labels.astype(np.int64), predicted.astype(np.int64)), 1)
+    counts: list[Any] = table.tolist()
+    return counts
+
+
+def _rows_that_add_up_to_one(probabilities: Floats) -> Floats:
+    # A softmax in float32 adds up to 1 only to 1e-7, and scikit-learn warns about that in float64.
+    return np.asarray(probabilities / probabilities.sum(axis=1, keepdims=True))
+
+
+def _check_probabilities(probabilities: Floats) -> None:
+    if len(probabilities) == 0:
+        raise ValueError("predictions and references are empty; a metric needs at least one galaxy.")
+    if probabilities.ndim != 2:
+        raise ValueError(f"predictions have the shape {probabilities.shape}; pass probabilities as (n, labels).")
+    if not (np.isfinite(probabilities).all() and probabilities.min() >= 0 and probabilities.max() <= 1 + SUM_TOLERANCE):
+        raise ValueError(
+            f"predictions are between {probabilities.min():.3g} and {probabilities.max():.3g}; "
+            "pass probabilities, 0-1, after softmax or sigmoid."
+        )
+
+
+def _check_single_label(probabilities: Floats, labels: Integers) -> None:
+    _check_probabilities(probabilities)
+    sums = probabilities.sum(axis=1)
+    if np.abs(sums - 1).max() > SUM_TOLERANCE:
+        worst = sums[np.abs(sums - 1).argmax()]
+        raise ValueError(f"a row of predictions adds up to {worst:.3g}, not 1; pass probabilities after softmax.")
+    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
+        raise ValueError(
+            f"references are between {labels.min()} and {labels.max()}, but predictions have {probabilities.shape[1]} "
+            f"labels; pass label numbers from 0 to {probabilities.shape[1] - 1}."
+        )
+
+
+def _check_multi_label(probabilities: Floats, labels: Integers) -> None:
+    _check_probabilities(probabilities)
+    if labels.shape != probabilities.shape:
+        raise ValueError(
+            f"references have the shape {labels.shape} and predictions {probabilities.shape}; "
+            "pass 0, 1 or NaN for each label."
+        )
+    known = labels[~np.isnan(labels)]
+    if not np.isin(known, (0, 1)).all():
+        raise ValueError(f"references hold {np.unique(known)[:5].tolist()}; a multi-label reference is 0, 1 or NaN.")
+
+
+def _check_regression(predicted: Floats, measured: Floats) -> None:
+    if len(predicted) == 0:
+        raise ValueError("predictions and references are empty; a metric needs at least one galaxy.")
+    if predicted.shape != measured.shape:
+        raise ValueError(
+            f"predictions have the shape {predicted.shape} and references {measured.shape}; pass (n, outputs) for both."
+        )
+    if not np.isfinite(predicted).all():
+        galaxies = int((~np.isfinite(predicted)).any(axis=1).sum())
+        raise ValueError(
+            f"predictions are not finite for {galaxies} galaxies; look at the learning rate and the labels."
+        )

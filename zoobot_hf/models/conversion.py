@@ -1,0 +1,189 @@
+"""Pretrained encoders from anywhere: transformers repositories, and timm's layout, which all of Zoobot's have."""
+
+import inspect
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+
+logger = logging.getLogger(__name__)
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+SAFE_PATTERNS = ("*.json", "*.safetensors")
+
+
+class LoadedEncoder(NamedTuple):
+    """An encoder and how its embedding is read.
+
+    Attributes:
+        model: The encoder with its weights.
+        pooling: "pooler" (its own pooled output), "first_token" or "mean".
+        left_out: Names of the checkpoint's tensors that the encoder doesn't have, an old classifier's for example.
+    """
+
+    model: PreTrainedModel
+    pooling: str
+    left_out: list[str]
+
+
+def local_copy(name_or_path: str | Path, **hub_arguments: Any) -> Path:
+    """The folder with a repository's configuration and weights, downloaded where it isn't local.
+
+    The weights are fetched before transformers sees the repository. Given the name of one without safetensors,
+    transformers starts a thread that posts the name and the user's token to an outside conversion service.
+
+    Args:
+        name_or_path: A local folder or a Hub id.
+        **hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+    Raises:
+        OSError: No such folder and no such repository, revision or network.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    name = str(name_or_path)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(SAFE_PATTERNS), **hub_arguments))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"], **hub_arguments)
+    except HFValidationError as error:
+        raise OSError(f"{name!r} is neither a folder here nor a Hub id of the form user/name.") from error
+    except RevisionNotFoundError as error:
+        raise OSError(
+            f"{name!r} has no revision {hub_arguments.get('revision')!r}; see its branches and tags."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{name!r} is neither a folder here nor a repository on the Hub; check the spelling, and log in with "
+            "`hf auth login` if it is private."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        raise OSError(
+            f"{name!r} is no folder here, is not in the cache, and the Hub could not be reached; check the network or "
+            "download it first."
+        ) from error
+    return folder
+
+
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """The content of a repository's config.json.
+
+    Args:
+        folder: A local copy of the repository.
+
+    Raises:
+        OSError: There is no config.json, or it isn't a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise OSError(f"{folder} holds no config.json; give a folder or a repository with a saved model.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise OSError(f"{path} is no JSON object.")
+    return settings
+
+
+def load_encoder(folder: Path, *, dtype: torch.dtype | None = None) -> LoadedEncoder:
+    """A pretrained encoder from a local copy of a repository.
+
+    Args:
+        folder: A repository in timm's layout, or of any vision model that `AutoModel` loads; safetensors or .bin.
+        dtype: Type of the weights; float32 when absent.
+
+    Raises:
+        OSError: The folder holds no model.
+        ValueError: The checkpoint lacks weights of the encoder, or its code isn't in transformers.
+    """
+    settings = read_configuration(folder)
+    config = _timm_configuration(settings, folder) if _has_timm_layout(settings) else _own_configuration(folder)
+    keywords: dict[str, Any] = {"config": config, "output_loading_info": True, "dtype": dtype or torch.float32}
+    model, report = AutoModel.from_pretrained(str(folder), **keywords)
+    missing = sorted(report["missing_keys"])
+    pooling = "pooler"
+    if missing and all("pooler" in name for name in missing) and takes_pooling_argument(config):
+        # A pooler that the checkpoint lacks would be random: read the first token instead, as ViT's classifiers do.
+        model, report = AutoModel.from_pretrained(str(folder), add_pooling_layer=False, **keywords)
+        missing, pooling = sorted(report["missing_keys"]), "first_token"
+    if missing or report["mismatched_keys"]:
+        names = [*missing, *(str(entry) for entry in report["mismatched_keys"])]
+        raise ValueError(
+            f"the checkpoint in {folder} lacks {len(names)} of the encoder's weights or has them in another shape "
+            f"({', '.join(names[:5])}, ...); config.json and weights do not belong together."
+        )
+    return LoadedEncoder(model, pooling, sorted(report["unexpected_keys"]))
+
+
+def build_encoder(config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+    """An encoder with new weights.
+
+    Args:
+        config: The encoder's own configuration.
+        pooling: As in `LoadedEncoder`.
+    """
+    arguments = {"add_pooling_layer": False} if pooling != "pooler" and takes_pooling_argument(config) else {}
+    return AutoModel.from_config(config, **arguments)
+
+
+def takes_pooling_argument(config: PreTrainedConfig) -> bool:
+    """Whether the encoder's class can be built without its pooling layer.
+
+    Args:
+        config: The encoder's own configuration.
+    """
+    return "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+
+
+def _has_timm_layout(settings: dict[str, Any]) -> bool:
+    return "architecture" in settings and settings.get("model_type", "timm_wrapper") == "timm_wrapper"
+
+
+def _own_configuration(folder: Path) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f"{folder} holds a {config.model_type!r} model, which `AutoModel` can't load as an encoder.")
+    return config
+
+
+def _timm_configuration(settings: dict[str, Any], folder: Path) -> TimmWrapperConfig:
+    arguments = dict(settings.get("model_args") or {})
+    # timm's own `save_for_hf` repeats num_classes here, and TimmWrapperModel passes it a second time.
+    arguments.pop("num_classes", None)
+    input_size = (settings.get("pretrained_cfg") or {}).get("input_size") or [3]
+    channels = _input_channels(folder)
+    if channels not in (None, input_size[0]):
+        # Zoobot's greyscale encoders: one channel in the weights, three in the configuration.
+        arguments["in_chans"] = channels
+    return TimmWrapperConfig.from_dict({**settings, "model_args": arguments or None})
+
+
+def _input_channels(folder: Path) -> int | None:
+    """Channels that the first convolution takes, read off the weights; None where they lie in several files."""
+    safetensors_path, bin_path = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if safetensors_path.is_file():
+        with safe_open(str(safetensors_path), framework="pt") as weights:
+            shapes = [tuple(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118
+    elif bin_path.is_file():
+        shapes = [tuple(tensor.shape) for tensor in torch.load(bin_path, weights_only=True, mmap=True).values()]
+    else:
+        return None
+    channels = {shape[1] for shape in shapes if len(shape) == 4} & {1, 3}
+    # Depthwise convolutions have one input channel as well, so 3 wins where both are there.
+    return max(channels, default=None)

@@ -1,0 +1,379 @@
+"""An encoder as transformers knows it, and an encoder with a classification head."""
+
+import inspect
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_zoobot import ZoobotConfig
+from .conversion import HUB_ARGUMENTS, build_encoder, load_encoder, local_copy, read_configuration
+from .heads import apply_unit_interval, build_head, head_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ZoobotModelOutput(ModelOutput):  # type: ignore[misc]
+    """What the encoder says.
+
+    Attributes:
+        embeddings: The encoder's pooled output (batch, embedding_size).
+    """
+
+    embeddings: Tensor | None = None
+
+
+@dataclass
+class ZoobotClassifierOutput(ModelOutput):  # type: ignore[misc]
+    """What the head says.
+
+    Attributes:
+        loss: The batch's mean loss, where labels were given.
+        logits: (batch, num_labels), before softmax or sigmoid; a regression's values as they are.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class ZoobotPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What the models share: freezing, the mode of what is frozen, checkpointing."""
+
+    config_class = ZoobotConfig
+    base_model_prefix = "zoobot"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    # Trainer would pass `num_items_in_batch`, which counts tokens.
+    accepts_loss_kwargs = False
+    keep_batch_norm_statistics = False
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether no weight of the encoder is trained."""
+        return not any(parameter.requires_grad for parameter in self.base_model.encoder.parameters())
+
+    def freeze_encoder(self) -> None:
+        """Freezes the encoder: no gradients, and no buffer or dropout moves either, whatever mode the model is in."""
+        self.base_model.encoder.requires_grad_(False)
+        self.train(self.training)
+
+    def unfreeze_encoder(self, last_blocks: int | None = None, *, keep_batch_norm_statistics: bool = True) -> None:
+        """Lets the encoder be trained, all of it or its last blocks; everything before them is frozen.
+
+        Args:
+            last_blocks: How many of the last blocks to train; all of the encoder when absent. What follows the last
+                block, a final norm for example, belongs to it.
+            keep_batch_norm_statistics: Whether BatchNorm layers keep their running mean and variance. A few hundred
+                galaxies can't improve on them.
+
+        Raises:
+            ValueError: The encoder hasn't that many blocks.
+        """
+        blocks = self.encoder_blocks()
+        count = len(blocks) if last_blocks is None else last_blocks
+        if not 0 < count <= len(blocks):
+            raise ValueError(f"last_blocks is {last_blocks}; this encoder has {len(blocks)} blocks: give 1 to that.")
+        chosen = set().union(*blocks[-count:])
+        for name, parameter in self.base_model.encoder.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        self.keep_batch_norm_statistics = keep_batch_norm_statistics
+        self.train(self.training)
+
+    def encoder_blocks(self) -> list[set[str]]:
+        """The names of the encoder's parameters, block by block, from the input upwards.
+
+        Blocks are timm's coarse layer groups, or the entries of the encoder's longest list of layers; what comes
+        before them is the first block, and what follows belongs to the last.
+
+        Raises:
+            ValueError: The encoder isn't built of blocks.
+        """
+        encoder = self.base_model.encoder
+        if encoder.config.model_type == "timm_wrapper":
+            return _timm_blocks(encoder.timm_model)
+        return _listed_blocks(encoder)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training mode, but what is frozen stays in evaluation mode.
+
+        Trainer calls this before every step; without it, BatchNorm buffers and stochastic depth of a frozen encoder
+        would move.
+
+        Args:
+            mode: Whether to train.
+        """
+        super().train(mode)
+        if mode:
+            _keep_frozen_parts_in_evaluation(self.base_model.encoder, self.keep_batch_norm_statistics)
+        return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **keywords: Any) -> None:
+        self.base_model.encoder._set_gradient_checkpointing(enable=enable, **keywords)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The head's, as PyTorch and Zoobot have it; the encoder is a PreTrainedModel of its own.
+        if isinstance(module, nn.Linear) and not getattr(module.weight, "_is_hf_initialized", False):
+            module.reset_parameters()
+
+    @classmethod
+    def _around(cls, encoder: PreTrainedModel, config: ZoobotConfig) -> Self:
+        """A model with this encoder in it; everything else is new."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.base_model.encoder = encoder
+        return model.eval()
+
+
+class ZoobotModel(ZoobotPreTrainedModel):
+    """An encoder, image to embedding.
+
+    Args:
+        config: The configuration, with `encoder_config`.
+
+    Raises:
+        ValueError: The configuration has no encoder.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012  transformers declares it so
+
+    def __init__(self, config: ZoobotConfig) -> None:
+        super().__init__(config)
+        if config.encoder_config is None:
+            raise ValueError("the configuration has no encoder_config; give the encoder's, or use from_pretrained.")
+        self.encoder = build_encoder(config.encoder_config, config.pooling)
+        config.embedding_size = config.embedding_size or _embedding_size(self.encoder)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Self:
+        """A trained encoder: a zoobot_hf repository's, one in timm's layout, or any vision model of `AutoModel`.
+
+        Args:
+            pretrained_model_name_or_path: A local folder or a Hub id.
+            *model_args: None are taken.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; fields of
+                `ZoobotConfig`; for a zoobot_hf repository whatever transformers takes.
+
+        Raises:
+            OSError: No such folder or repository, or no network.
+            ValueError: The checkpoint doesn't fit its configuration.
+        """
+        source = _Checkpoint.find(pretrained_model_name_or_path, kwargs)
+        if source.is_ours:
+            keywords = {"config": source.updated_config(), **source.other_arguments}
+            return cast(Self, super().from_pretrained(str(source.folder), use_safetensors=True, **keywords))
+        return cls._around(*source.load_foreign_encoder())
+
+    def forward(self, pixel_values: Tensor) -> ZoobotModelOutput:
+        """The embeddings of a batch of images.
+
+        Args:
+            pixel_values: From `ZoobotImageProcessor`: float, (batch, channels, height, width).
+        """
+        output = self.encoder(pixel_values)
+        if self.config.pooling == "pooler":
+            # ConvNeXt and ResNet pool to (batch, size, 1, 1).
+            return ZoobotModelOutput(output.pooler_output.flatten(1))
+        if self.config.pooling == "first_token":
+            return ZoobotModelOutput(output.last_hidden_state[:, 0])
+        return ZoobotModelOutput(output.last_hidden_state.flatten(2).mean(-1))
+
+
+class ZoobotForImageClassification(ZoobotPreTrainedModel):
+    """An encoder with a head: one label, several labels or values, by the configuration's `problem_type`.
+
+    Args:
+        config: The configuration, with `encoder_config` and the labels.
+    """
+
+    def __init__(self, config: ZoobotConfig) -> None:
+        super().__init__(config)
+        self.zoobot = ZoobotModel(config)
+        self.head = build_head(config)
+        self.post_init()
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The pretrained network."""
+        return self.zoobot.encoder
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Self:
+        """A finetuned model as it is, or a trained encoder with a new head; the log says which.
+
+        A zoobot_hf repository is taken as it is, unless another head is asked for: other labels, another problem or
+        head type. Any other repository is an encoder and gets a new head.
+
+        Args:
+            pretrained_model_name_or_path: A local folder or a Hub id.
+            *model_args: None are taken.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `label_names` (or
+                transformers' `id2label` or `num_labels`) and other fields of `ZoobotConfig`; for a zoobot_hf
+                repository whatever transformers takes.
+
+        Raises:
+            OSError: No such folder or repository, or no network.
+            ValueError: The checkpoint doesn't fit its configuration.
+        """
+        source = _Checkpoint.find(pretrained_model_name_or_path, kwargs)
+        if source.is_ours and not source.asks_for_new_head():
+            keywords = {"config": source.updated_config(), **source.other_arguments}
+            logger.info("Loaded %s with its head: %s.", source.name, ", ".join(keywords["config"].label_names))
+            return cast(Self, super().from_pretrained(str(source.folder), use_safetensors=True, **keywords))
+        if source.is_ours:
+            config = source.updated_config()
+            # What is known of the old head's training says nothing about the new head.
+            config.sky_prevalence = config.training_prevalence = None
+            encoder = ZoobotModel.from_pretrained(source.folder, config=config, **source.other_arguments).encoder
+            logger.info("Loaded the encoder of %s; its old head was left out.", source.name)
+        else:
+            encoder, config = source.load_foreign_encoder()
+        model = cls._around(encoder, config)
+        model.head = build_head(config).eval()
+        logger.info("The %s head is new, to be trained: %s.", config.head_type, ", ".join(config.label_names))
+        return model
+
+    def forward(
+        self, pixel_values: Tensor | None = None, embeddings: Tensor | None = None, labels: Tensor | None = None
+    ) -> ZoobotClassifierOutput:
+        """The logits of a batch of images, or of embeddings where the encoder was already run.
+
+        Args:
+            pixel_values: From `ZoobotImageProcessor`: float, (batch, channels, height, width).
+            embeddings: From `ZoobotModel`: float, (batch, embedding_size).
+            labels: As in `heads.head_loss`.
+
+        Raises:
+            ValueError: Neither images nor embeddings, or both.
+        """
+        if (pixel_values is None) == (embeddings is None):
+            raise ValueError("give either pixel_values or embeddings.")
+        if embeddings is None:
+            embeddings = self.zoobot(pixel_values).embeddings
+        logits = self.head(embeddings)
+        loss = None if labels is None else head_loss(logits, labels, self.config, training=self.training)
+        if self.config.problem_type == "regression":
+            logits = apply_unit_interval(logits, self.config)
+        return ZoobotClassifierOutput(loss, logits)
+
+
+CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label", "label2id", "problem_type"} - {
+    "self",
+    "kwargs",
+}
+HEAD_FIELDS = ("id2label", "problem_type", "head_type", "head_hidden_size")
+
+
+@dataclass
+class _Checkpoint:
+    """What from_pretrained was given, sorted."""
+
+    name: str
+    folder: Path
+    config: ZoobotConfig | None
+    fields: dict[str, Any]
+    other_arguments: dict[str, Any]
+
+    @classmethod
+    def find(cls, name_or_path: str | Path, arguments: dict[str, Any]) -> Self:
+        hub_arguments = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
+        config = arguments.pop("config", None)
+        names = arguments.pop("label_names", None)
+        if names is None and arguments.get("num_labels") is not None:
+            names = [f"LABEL_{index}" for index in range(arguments.pop("num_labels"))]
+        if names is not None:
+            arguments["id2label"] = dict(enumerate(names))
+        fields = {name: arguments.pop(name) for name in CONFIG_FIELDS if name in arguments}
+        if "id2label" in fields:
+            fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
+            fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
+        folder = local_copy(name_or_path, **hub_arguments)
+        if config is None and read_configuration(folder).get("model_type") == ZoobotConfig.model_type:
+            config = ZoobotConfig.from_pretrained(str(folder))
+        name = str(name_or_path) if not Path(name_or_path).is_dir() else Path(name_or_path).resolve().name
+        return cls(name, folder, config, fields, arguments)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.config is not None
+
+    def updated_config(self) -> ZoobotConfig:
+        assert self.config is not None
+        return ZoobotConfig.from_dict({**self.config.to_dict(), **self.fields})
+
+    def asks_for_new_head(self) -> bool:
+        return any(
+            getattr(self.config, name) != self.fields.get(name, getattr(self.config, name)) for name in HEAD_FIELDS
+        )
+
+    def load_foreign_encoder(self) -> tuple[PreTrainedModel, ZoobotConfig]:
+        unknown = set(self.other_arguments) - {"dtype"}
+        if unknown:
+            raise ValueError(
+                f"from_pretrained got {', '.join(sorted(unknown))}; for an encoder it takes dtype, label_names, "
+                f"num_labels, {', '.join([*HUB_ARGUMENTS, *sorted(CONFIG_FIELDS)])}."
+            )
+        loaded = load_encoder(self.folder, dtype=self.other_arguments.get("dtype"))
+        settings = {"pooling": loaded.pooling, "encoder_name": self.name, **self.fields}
+        config = ZoobotConfig(loaded.model.config, **settings)
+        logger.info(
+            "Loaded the encoder %s (%s, %.1f million parameters); left out of its checkpoint: %s.",
+            self.name,
+            loaded.model.config.model_type,
+            loaded.model.num_parameters() / 1e6,
+            ", ".join(loaded.left_out) or "nothing",
+        )
+        return loaded.model, config
+
+
+def _keep_frozen_parts_in_evaluation(module: nn.Module, batch_norm_too: bool) -> set[bool]:
+    """Puts every part without a trained parameter into evaluation mode, and says which kinds a module has."""
+    kinds = {parameter.requires_grad for parameter in module.parameters(recurse=False)}
+    for child in module.children():
+        kinds |= _keep_frozen_parts_in_evaluation(child, batch_norm_too)
+    if kinds == {False} or (batch_norm_too and isinstance(module, _BatchNorm)):
+        module.eval()
+    return kinds
+
+
+def _embedding_size(encoder: PreTrainedModel) -> int:
+    config = encoder.config
+    if config.model_type == "timm_wrapper":
+        return int(encoder.timm_model.num_features)
+    if getattr(config, "hidden_sizes", None):
+        return int(config.hidden_sizes[-1])
+    if getattr(config, "hidden_size", None):
+        return int(config.hidden_size)
+    raise ValueError(f"the embedding size of a {config.model_type!r} encoder is not known; give embedding_size.")
+
+
+def _timm_blocks(timm_model: nn.Module) -> list[set[str]]:
+    groups = group_parameters(timm_model, timm_model.group_matcher(coarse=True))
+    blocks = [set(names) for _, names in sorted(groups.items())]
+    parameters = dict(timm_model.named_parameters())
+    if len(blocks) > 1 and all(parameters[name].ndim == 1 for name in blocks[-1]):
+        blocks[-2] |= blocks.pop()  # the final norm alone is no block
+    return [{f"timm_model.{name}" for name in names} for names in blocks]
+
+
+def _listed_blocks(encoder: nn.Module) -> list[set[str]]:
+    lists = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
+    if not sizes:
+        raise ValueError(f"{type(encoder).__name__} has no list of blocks; freeze all of it or unfreeze all of it.")
+    longest = max(sizes, key=lambda name: sizes[name])
+    names = [name for name, _ in encoder.named_parameters()]
+    blocks = [{name for name in names if name.startswith(f"{longest}.{i}.")} for i in range(len(lists[longest]))]
+    inside = set().union(*blocks)
+    first = next(index for index, name in enumerate(names) if name in inside)
+    blocks[-1] |= {name for name in names[first:] if name not in inside}
+    return [set(names[:first]), *blocks] if first else blocks
