@@ -83,11 +83,8 @@ def redirect_hub_clients(monkeypatch, url, hugging_face_home):
 def forbid_network(monkeypatch):
     """The list of outside addresses that were asked for from now on; asking for one fails the test that does."""
     outside_calls = []
-    real_getaddrinfo, real_connect, real_connect_ex = (
-        socket.getaddrinfo,
-        socket.socket.connect,
-        socket.socket.connect_ex,
-    )
+    real_getaddrinfo = socket.getaddrinfo
+    real_connect, real_connect_ex = socket.socket.connect, socket.socket.connect_ex
 
     def check(host):
         name = host.decode() if isinstance(host, bytes) else host

@@ -183,15 +183,22 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.take_fault(self.command, self.path)
         time.sleep(fault.delay)
         if fault.cut == "request":
-            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
-            return self.cut()
+            self.cut()
+        else:
+            self.respond(fault)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer  # noqa: N815
+
+    def cut(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+        self.note(None)
+        self.hang_up()
+
+    def respond(self, fault):
         request = Request(self.command, self.path, self.headers, self.read_body())
         failure = fault.status and Response.of(HubError(fault.status, "Failed as the test wanted"))
         response = failure or self.hub.respond(request)
         self.send(response, is_cut=fault.cut == "answer")
-        return None
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer  # noqa: N815
 
     def read_body(self):
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -215,10 +222,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(response.body[: len(response.body) // 2] if is_cut else response.body)
         if is_cut:
             self.hang_up()
-
-    def cut(self):
-        self.note(None)
-        self.hang_up()
 
     def hang_up(self):
         self.close_connection = True

@@ -18,9 +18,8 @@ class HubError(Exception):
     def __init__(self, status, message, *, code=None, headers=()):
         super().__init__(message)
         self.status = status
-        self.headers = (
-            {"X-Error-Message": message.splitlines()[-1]} | ({"X-Error-Code": code} if code else {}) | dict(headers)
-        )
+        one_line = message.splitlines()[-1].encode("ascii", "replace").decode()
+        self.headers = {"X-Error-Message": one_line} | ({"X-Error-Code": code} if code else {}) | dict(headers)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ import sys
 import time
 
 import datasets
-import httpx2
 import huggingface_hub
 import pytest
 from hub_store import Repo
-from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, get_session, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -153,7 +152,7 @@ def test_no_token_reaches_the_storage(hub, hub_token, published, tmp_path):
 
 def test_a_token_that_reaches_the_storage_is_an_error(hub, hub_token, published):
     sha256 = hub.repo(published).commit_at("main").files["model.safetensors"].sha256
-    answer = httpx2.get(f"{hub.storage_url}/storage/{sha256}", headers={"Authorization": f"Bearer {hub_token}"})
+    answer = get_session().get(f"{hub.storage_url}/storage/{sha256}", headers={"Authorization": f"Bearer {hub_token}"})
     assert answer.status_code == 400
     assert "another origin" in answer.headers["X-Error-Message"]
 
@@ -178,6 +177,8 @@ def test_a_download_in_the_cache_is_not_repeated(hub, published, tmp_path):
 def test_a_missing_file_a_missing_revision_and_a_missing_repository_have_names(published, tmp_path):
     with pytest.raises(EntryNotFoundError, match="Entry Not Found"):
         hf_hub_download(published, "nothing.bin", cache_dir=tmp_path)
+    with pytest.raises(EntryNotFoundError, match="Entry Not Found"):
+        hf_hub_download(published, "\u03b3.bin", cache_dir=tmp_path)
     with pytest.raises(RevisionNotFoundError, match="Revision Not Found"):
         hf_hub_download(published, "README.md", revision="v9", cache_dir=tmp_path)
     with pytest.raises(RepositoryNotFoundError, match="Repository Not Found"):
@@ -190,9 +191,9 @@ def test_a_missing_file_a_missing_revision_and_a_missing_repository_have_names(p
 def test_a_range_of_a_file_is_read(hub, published, name):
     content, url = hub.files(published)[name], f"{hub.url}/{published}/resolve/main/{name}"
     for wanted, expected in {"5-9": content[5:10], "60-": content[60:], "-7": content[-7:]}.items():
-        answer = httpx2.get(url, headers={"Range": f"bytes={wanted}"}, follow_redirects=True)
+        answer = get_session().get(url, headers={"Range": f"bytes={wanted}"}, follow_redirects=True)
         assert (answer.status_code, answer.content) == (206, expected)
-    beyond = httpx2.get(url, headers={"Range": f"bytes={len(content)}-"}, follow_redirects=True)
+    beyond = get_session().get(url, headers={"Range": f"bytes={len(content)}-"}, follow_redirects=True)
     assert (beyond.status_code, beyond.headers["Content-Range"]) == (416, f"bytes */{len(content)}")
 
 
@@ -348,7 +349,7 @@ def test_an_upload_that_is_cut_is_sent_again(hub, api, published):
 
 def test_a_commit_whose_answer_is_lost_has_happened(hub, api, published):
     hub.cut_next("POST .*/commit/", during="answer")
-    with pytest.raises(httpx2.RemoteProtocolError, match="closed connection"):
+    with pytest.raises(Exception, match="closed connection"):
         api.upload_file(path_or_fileobj=b"1", path_in_repo="a.txt", repo_id=published)
     assert hub.files(published)["a.txt"] == b"1"
 
@@ -368,7 +369,7 @@ def test_an_answer_is_delayed(hub, api, published):
 
 
 def test_an_unknown_request_is_an_error_that_names_it(hub):
-    answer = httpx2.get(f"{hub.url}/api/unknown/thing/else/here")
+    answer = get_session().get(f"{hub.url}/api/unknown/thing/else/here")
     assert answer.status_code == 501
     assert answer.json() == {"error": "The test server has no GET /api/unknown/thing/else/here"}
 
@@ -408,10 +409,10 @@ def test_a_repository_is_stored_without_requests(hub, repo_id, tmp_path):
 
 
 def test_a_process_started_by_a_test_reaches_the_hub(hub, published):
-    script = (
-        f"from huggingface_hub import HfApi, constants; print(constants.ENDPOINT, HfApi().repo_exists({published!r}))"
-    )
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    script = "import sys, huggingface_hub as h; api = h.HfApi(); print(api.endpoint, api.repo_exists(sys.argv[1]))"
+    output = subprocess.run(
+        [sys.executable, "-c", script, published], capture_output=True, text=True, check=True
+    ).stdout
     assert output.split() == [hub.url, "True"]
 
 
@@ -425,7 +426,7 @@ def test_a_process_started_by_a_test_reaches_the_hub(hub, published):
         lambda: socket.getaddrinfo(b"example.org", 443),
         lambda: socket.socket().connect_ex(("192.0.2.1", 80)),
         lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("192.0.2.1", 53)),
-        lambda: httpx2.get("https://example.org"),
+        lambda: get_session().get("https://example.org"),
     ],
 )
 def test_a_call_to_the_outside_fails_the_test(outside_calls, ask):

@@ -2,9 +2,20 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
+from .data.balance import BalancedSplit, balance_classes, measure_prevalence
+from .data.catalog import read_catalog, read_galaxies, write_catalog
+from .data.dataset import catalog_to_dataset, load_galaxy_dataset, split_dataset
+from .data.rings import load_rings
+from .data.simulation import simulate_galaxies
 from .models.configuration_zoobot import ZoobotConfig
+from .models.conversion import image_processor_for
 from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_zoobot import ZoobotForImageClassification, ZoobotModel
+from .prediction.survey import Predictions, predict_galaxies
+from .publishing.hub import push_folder
+from .training.arguments import FrozenStageArguments, UnfrozenStageArguments
+from .training.finetuning import Finetuned, finetune
+from .training.trainer import FrozenStageTrainer, UnfrozenStageTrainer
 
 __version__ = "0.1.0"
 
@@ -13,4 +24,30 @@ AutoModel.register(ZoobotConfig, ZoobotModel, exist_ok=True)
 AutoModelForImageClassification.register(ZoobotConfig, ZoobotForImageClassification, exist_ok=True)
 AutoImageProcessor.register(ZoobotConfig, image_processor_classes={"torchvision": ZoobotImageProcessor}, exist_ok=True)
 
-__all__ = ["ZoobotConfig", "ZoobotForImageClassification", "ZoobotImageProcessor", "ZoobotModel"]
+__all__ = [
+    "BalancedSplit",
+    "Finetuned",
+    "FrozenStageArguments",
+    "FrozenStageTrainer",
+    "Predictions",
+    "UnfrozenStageArguments",
+    "UnfrozenStageTrainer",
+    "ZoobotConfig",
+    "ZoobotForImageClassification",
+    "ZoobotImageProcessor",
+    "ZoobotModel",
+    "balance_classes",
+    "catalog_to_dataset",
+    "finetune",
+    "image_processor_for",
+    "load_galaxy_dataset",
+    "load_rings",
+    "measure_prevalence",
+    "predict_galaxies",
+    "push_folder",
+    "read_catalog",
+    "read_galaxies",
+    "simulate_galaxies",
+    "split_dataset",
+    "write_catalog",
+]

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from zoobot_hf.data.catalog import (
     CatalogError,
@@ -65,8 +66,9 @@ def catalog_to_dataset(
     columns = _list_columns(label_column, problem_type=problem_type)
     _check_columns(catalog.columns, needed=["id_str", "file_loc", *columns, *keep_columns])
     table = catalog[["id_str", "file_loc", *keep_columns]].rename(columns={"file_loc": "image"})
-    dataset = datasets.Dataset.from_pandas(table, preserve_index=False)
-    dataset = dataset.cast_column("id_str", datasets.Value("string")).cast_column("image", datasets.Image())
+    features = datasets.Features.from_arrow_schema(pa.Schema.from_pandas(table, preserve_index=False))
+    features |= {"id_str": datasets.Value("string"), "image": datasets.Image()}
+    dataset = datasets.Dataset.from_pandas(table, features=datasets.Features(features), preserve_index=False)
     if not columns:
         return dataset
     return _add_labels(dataset, labels=catalog[columns], label_names=label_names, problem_type=problem_type)
@@ -120,23 +122,17 @@ def load_galaxy_dataset(
     if layout == "image splits":
         splits, labels = _read_image_splits(Path(source), columns=columns, keep_columns=keep_columns)
     else:
-        splits = _load_hub_dataset(str(source), configuration=configuration, revision=revision)
-        labels = {name: _read_labels(split, columns=columns) for name, split in splits.items()}
+        hub_splits = _load_hub_dataset(str(source), configuration=configuration, revision=revision)
+        labels = {name: _read_labels(split, columns=columns) for name, split in hub_splits.items()}
         splits = {
-            name: _rename_columns(split, id_column=id_column, image_column=image_column, keep_columns=keep_columns)
-            for name, split in splits.items()
+            name: _rename_columns(
+                split, split_name=name, id_column=id_column, image_column=image_column, keep_columns=keep_columns
+            )
+            for name, split in hub_splits.items()
         }
-    if not columns:
-        return datasets.DatasetDict(splits)
-    if label_names is None and problem_type == "single_label_classification":
-        # Named over all splits together: a rare class may be absent from one of them.
-        label_names = _name_classes(pd.concat([table[columns[0]] for table in labels.values()]))
-    return datasets.DatasetDict(
-        {
-            name: _add_labels(split, labels=labels[name], label_names=label_names, problem_type=problem_type)
-            for name, split in splits.items()
-        }
-    )
+    if columns:
+        splits = _add_labels_to_splits(splits, labels=labels, label_names=label_names, problem_type=problem_type)
+    return datasets.DatasetDict(splits)
 
 
 def split_dataset(
@@ -232,9 +228,9 @@ def _load_hub_dataset(source: str, *, configuration: str | None, revision: str |
     try:
         return dict(datasets.load_dataset(source, name=configuration, revision=revision))
     except (OSError, ValueError) as error:
-        where = "folder" if Path(source).exists() else "no path that is there, and as a Hub dataset it"
+        what = "this folder" if Path(source).exists() else "nothing is at this path, and as a Hub dataset it"
         raise CatalogError(
-            f"source {source!r}: the {where} can't be loaded: {error}. "
+            f"source {source!r}: {what} can't be loaded: {str(error).rstrip('.')}. "
             "Check the name, the configuration, the revision and the network."
         ) from error
 
@@ -251,13 +247,13 @@ def _read_labels(split: datasets.Dataset, *, columns: list[str]) -> pd.DataFrame
 
 
 def _rename_columns(
-    split: datasets.Dataset, *, id_column: str | None, image_column: str, keep_columns: Sequence[str]
+    split: datasets.Dataset, *, split_name: str, id_column: str | None, image_column: str, keep_columns: Sequence[str]
 ) -> datasets.Dataset:
     needed = [image_column, *keep_columns] if id_column is None else [id_column, image_column, *keep_columns]
     _check_columns(split.column_names, needed=needed)
     dataset = split.select_columns(needed)
     if id_column is None:
-        dataset = dataset.add_column("id_str", [f"{split.split}-{row}" for row in range(len(split))])
+        dataset = dataset.add_column("id_str", [f"{split_name}-{row}" for row in range(len(split))])
     elif id_column != "id_str":
         dataset = dataset.rename_column(id_column, "id_str")
     if image_column != "image":
@@ -267,6 +263,22 @@ def _rename_columns(
     if not isinstance(dataset.features["image"], datasets.Image):
         dataset = dataset.cast_column("image", datasets.Image())
     return dataset
+
+
+def _add_labels_to_splits(
+    splits: dict[str, datasets.Dataset],
+    *,
+    labels: dict[str, pd.DataFrame],
+    label_names: Sequence[str] | None,
+    problem_type: ProblemType,
+) -> dict[str, datasets.Dataset]:
+    if label_names is None and problem_type == "single_label_classification":
+        # Named over all splits together: a rare class may be absent from one of them.
+        label_names = _name_classes(pd.concat([table.iloc[:, 0] for table in labels.values()]))
+    return {
+        name: _add_labels(split, labels=labels[name], label_names=label_names, problem_type=problem_type)
+        for name, split in splits.items()
+    }
 
 
 def _add_labels(
@@ -332,7 +344,7 @@ def _encode_numbers(labels: pd.DataFrame, *, zero_or_one: bool) -> np.ndarray:
             wrong |= ~(numbers[column].isin([0, 1]) | numbers[column].isna())
         if wrong.any():
             raise CatalogError(
-                f"column {column!r} has the label {labels[column][wrong].iloc[0]!r}; labels here must be "
+                f"column {column!r} has the label {labels[column][wrong].tolist()[0]!r}; labels here must be "
                 f"{'0 or 1' if zero_or_one else 'numbers'}, or missing."
             )
     return np.asarray(numbers.to_numpy(dtype="float32", na_value=np.nan))

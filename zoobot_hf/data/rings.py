@@ -10,7 +10,7 @@ Four sources:
   DECaLS, 235 tagged "#ring" on the forum and as many others drawn at random. Cut at featured > 0.6, edge-on no > 0.75,
   spiral arms no > 0.5. Labels in the column `ring`, 0 or 1. Zoobot documents a loss of about 0.54 and an accuracy of
   75 to 80% on its validation split, with a frozen encoder trained on Galaxy Zoo DECaLS.
-- Zoobot's advanced ring catalog (`finetune_advanced.py`): 253,286 galaxies with the fraction of volunteers who voted for
+- Zoobot's advanced ring catalog (`finetune_advanced.py`): 253,286 galaxies with the fraction of volunteers who saw
   a ring. The rule of `load_rings_by_votes` leaves 60,802: 9,947 with a ring and 50,855 without. Zoobot documents about
   86% accuracy on class-balanced galaxies (pull request 24).
 - The Hub dataset `mwalmsley/gz_rings`: configurations `classification` with an integer column `label`, and `regression`

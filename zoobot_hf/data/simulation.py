@@ -30,7 +30,9 @@ SMALLEST_SIZE = 32
 # Seeing and noise are stated on the survey's own grid and carried to the size that is drawn.
 SURVEY_SIZE = 424
 NATIVE_PIXEL_ARCSEC = 0.262  # Dark Energy Camera
-RADIUS_IN_SURVEY_FRAME = 25.0  # Galaxy Zoo DECaLS cuts its frames so that the half-light radius is about this, in pixels
+RADIUS_IN_SURVEY_FRAME = (
+    25.0  # Galaxy Zoo DECaLS cuts its frames so that the half-light radius is about this, in pixels
+)
 
 # `Dataset.from_generator` keeps what it made on disk: raise this number when the drawings change.
 DRAWING_VERSION = 1
@@ -44,9 +46,9 @@ TEXTURE_MODES = 12
 
 # The display shows z, r, g as red, green, blue. A galaxy with these colours in magnitudes comes out grey.
 GREY_G_MINUS_R, GREY_R_MINUS_Z = 0.64, 0.52
-OLD_COLOURS, YOUNG_COLOURS = (0.76, 0.66), (0.42, 0.26)  # g - r, r - z
+OLD_COLOURS, YOUNG_COLOURS = (0.72, 0.60), (0.48, 0.34)  # g - r, r - z
 SKY_LEVEL, STRETCH, SOFTENING = 1.6, 25.0, 8.0
-FAINTEST_COLOUR, COLOURED_ABOVE = 0.15, 5.0
+FAINTEST_COLOUR, COLOURED_ABOVE = 0.15, 8.0
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,15 @@ def draw_parameters(
         - `disk_radius_px`, `disk_sersic_index`: face-on half-light radius in pixels, profile of the disk.
         - `surface_brightness`: of the disk, mean within its half-light radius, display units.
         - `young_fraction`: of the disk's light, 0 to 1.
+        - `lens_strength` (0 is none; relative to the disk's mean surface brightness), `lens_radius` (radii): a plateau
+          with an edge.
         - `bulge_to_total`, `bulge_radius` (radii), `bulge_sersic_index`.
         - `inclination_deg` (0 is face-on), `position_angle_deg` (of the major axis).
         - `lopsidedness`: 0 is symmetric; the disk reaches out further by this fraction on one side.
         - `bar_strength` (0 is none; relative to the disk's mean surface brightness), `bar_length` (radii),
           `bar_angle_deg` (from the major axis, in the disk).
-        - `spiral_arms`, `spiral_strength` (0 is none; relative to the disk), `pitch_angle_deg`, `winding` (1 or -1).
+        - `spiral_arms`, `spiral_strength` (0 is none; relative to the disk), `pitch_angle_deg`,
+          `arm_length_deg` (angle about the centre, bar's end to arm's end), `winding` (1 or -1).
         - `clumpiness`: of arms and ring, 0 is smooth.
         - `ring_strength` (0 is none; relative to the disk's own light there), `ring_radius` (radii), `ring_width`
           (standard deviation over ring radius), `ring_axis_ratio` (in the disk, along the bar), `gap_depth` (0 to 1).
@@ -243,12 +248,12 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 
 def _one_galaxy(rng: np.random.Generator, ring_fraction: float) -> dict[str, float]:
     has_ring = int(rng.random() < ring_fraction)
-    lateness = rng.random()  # 0: a red lenticular, 1: a blue late spiral
+    lateness = rng.random() ** 1.5  # 0: a red lenticular, 1: a blue late spiral
     return {
         "ring": has_ring,
         **_frame_parameters(rng),
         **_disk_parameters(rng, lateness),
-        **_bar_parameters(rng),
+        **_bar_parameters(rng, has_ring),
         **_spiral_parameters(rng, lateness, has_ring),
         **_ring_parameters(rng, has_ring),
         "neighbour_count": int(rng.poisson(_log_normal(rng, 22, 0.5))),
@@ -265,7 +270,7 @@ def _frame_parameters(rng: np.random.Generator) -> dict[str, float]:
     pixel_arcsec = max(half_light_arcsec / RADIUS_IN_SURVEY_FRAME, 0.1)
     return {
         "half_light_arcsec": half_light_arcsec,
-        "disk_radius_px": half_light_arcsec / pixel_arcsec * _log_normal(rng, 1.35, 0.35),
+        "disk_radius_px": half_light_arcsec / pixel_arcsec * _log_normal(rng, 1.5, 0.28),
         "psf_fwhm_px": _log_normal(rng, 1.25, 0.13) / pixel_arcsec,
         "sky_noise": _log_normal(rng, 1.0, 0.2),
         "noise_grain": 0.54 * NATIVE_PIXEL_ARCSEC / pixel_arcsec,
@@ -275,20 +280,22 @@ def _frame_parameters(rng: np.random.Generator) -> dict[str, float]:
 def _disk_parameters(rng: np.random.Generator, lateness: float) -> dict[str, float]:
     return {
         "disk_sersic_index": rng.uniform(0.5, 1.15),
-        "surface_brightness": _log_normal(rng, 75 - 40 * lateness, 0.5),
+        "surface_brightness": _log_normal(rng, 210 - 140 * lateness, 0.55),
         "young_fraction": float(np.clip(rng.normal(0.9 * lateness - 0.05, 0.15), 0, 1)),
+        "lens_strength": _log_normal(rng, 0.5, 0.5) if rng.random() < 0.35 else 0.0,
+        "lens_radius": rng.uniform(0.6, 1.4),
         "bulge_to_total": float(np.clip(rng.normal(0.36 - 0.33 * lateness, 0.12), 0.01, 0.7)),
         "bulge_radius": rng.uniform(0.08, 0.28),
         "bulge_sersic_index": rng.uniform(1.0, 3.0),
         # Random orientations are uniform in the cosine; the nearly edge-on ones show no ring to anyone.
-        "inclination_deg": math.degrees(math.acos(rng.uniform(0.38, 1.0))),
+        "inclination_deg": math.degrees(math.acos(rng.uniform(0.42, 1.0))),
         "position_angle_deg": rng.uniform(0, 180),
         "lopsidedness": abs(rng.normal(0, 0.03 + 0.1 * lateness)),
     }
 
 
-def _bar_parameters(rng: np.random.Generator) -> dict[str, float]:
-    has_bar = rng.random() < 0.5
+def _bar_parameters(rng: np.random.Generator, has_ring: int) -> dict[str, float]:
+    has_bar = rng.random() < (0.6 if has_ring else 0.45)
     return {
         "bar_strength": _log_normal(rng, 1.8, 0.6) if has_bar else 0.0,
         "bar_length": rng.uniform(0.4, 1.0),
@@ -297,13 +304,14 @@ def _bar_parameters(rng: np.random.Generator) -> dict[str, float]:
 
 
 def _spiral_parameters(rng: np.random.Generator, lateness: float, has_ring: int) -> dict[str, float]:
-    has_arms = rng.random() < (0.3 if has_ring else 0.45) + 0.4 * lateness
-    # Tightly wound arms nearly close: the sky's own imitation of a ring.
-    is_tight = rng.random() < 0.3
+    has_arms = rng.random() < (0.15 if has_ring else 0.45) + 0.4 * lateness
+    # Two tightly wound arms nearly close: the sky's own imitation of a ring.
+    is_tight = rng.random() < 0.22
     return {
-        "spiral_arms": int(rng.choice([2, 3, 4], p=[0.65, 0.2, 0.15])),
+        "spiral_arms": 2 if is_tight else int(rng.choice([2, 3, 4], p=[0.7, 0.18, 0.12])),
         "spiral_strength": _log_normal(rng, 0.9, 0.5) if has_arms else 0.0,
-        "pitch_angle_deg": rng.uniform(5, 10) if is_tight else rng.uniform(10, 32),
+        "pitch_angle_deg": rng.uniform(7, 12) if is_tight else rng.uniform(14, 32),
+        "arm_length_deg": rng.uniform(150, 420),
         "winding": int(rng.choice([-1, 1])),
         "clumpiness": 0.15 + 0.55 * lateness * rng.random(),
     }
@@ -311,11 +319,11 @@ def _spiral_parameters(rng: np.random.Generator, lateness: float, has_ring: int)
 
 def _ring_parameters(rng: np.random.Generator, has_ring: int) -> dict[str, float]:
     return {
-        "ring_strength": has_ring * _log_normal(rng, 0.75, 0.6),
-        "ring_radius": rng.uniform(0.9, 2.1),
-        "ring_width": rng.uniform(0.08, 0.2),
+        "ring_strength": has_ring * _log_normal(rng, 1.4, 0.5),
+        "ring_radius": rng.uniform(1.1, 2.1),
+        "ring_width": rng.uniform(0.08, 0.17),
         "ring_axis_ratio": rng.uniform(0.75, 1.0),
-        "gap_depth": has_ring * rng.uniform(0, 0.6),
+        "gap_depth": has_ring * rng.uniform(0.2, 0.7),
     }
 
 
@@ -363,7 +371,10 @@ def _sersic(radius: FloatArray, index: FloatArray) -> FloatArray:
 
 
 def _disk_profile(radius: FloatArray, parameters: pd.DataFrame) -> FloatArray:
-    return _sersic(radius, _column(parameters, "disk_sersic_index"))
+    """Sersic profile with a lens on it, relative to the mean surface brightness of the disk."""
+    edge = 8 * (radius / _column(parameters, "lens_radius") - 1)
+    lens = 0.4 * _column(parameters, "lens_strength") / (1 + np.exp(np.minimum(edge, 30)))
+    return _sersic(radius, _column(parameters, "disk_sersic_index")) + lens
 
 
 def _gap(radius: FloatArray, parameters: pd.DataFrame) -> FloatArray:
@@ -400,12 +411,14 @@ def _bar(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> Flo
 
 
 def _spiral_arms(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> FloatArray:
-    """Brightness of logarithmic arms relative to the disk; they start where the bar ends."""
-    pitch = np.tan(_radians(parameters, "pitch_angle_deg")) * _column(parameters, "winding")
-    turned = angle - _radians(parameters, "bar_angle_deg") - np.log(radius + np.float32(1e-3)) / pitch
+    """Brightness of logarithmic arms relative to the disk; they start where the bar ends and fade over a radian."""
+    from_bar = np.log(radius / _column(parameters, "bar_length") + np.float32(1e-3))
+    swept = from_bar / np.tan(_radians(parameters, "pitch_angle_deg"))
+    turned = angle - _radians(parameters, "bar_angle_deg") - swept * _column(parameters, "winding")
     wave = np.cos(_column(parameters, "spiral_arms") * turned)
-    start = np.clip((radius / _column(parameters, "bar_length") - 0.7) / 0.6, 0, 1)
-    return _column(parameters, "spiral_strength") * start * np.exp(2.2 * (wave - 1)) * 1.6
+    start = np.clip(1 + 2 * from_bar, 0, 1)
+    end = 1 / (1 + np.exp(np.clip(2 * (swept - _radians(parameters, "arm_length_deg")), -30, 30)))
+    return _column(parameters, "spiral_strength") * start * end * np.exp(2.2 * (wave - 1)) * 1.6
 
 
 def _ring(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> FloatArray:
@@ -511,10 +524,10 @@ def _draw_sources(rng: np.random.Generator, count: int) -> dict[str, FloatArray]
     """Values (count, 1, 1) of the neighbours: place in the frame, brightness, shape and band weights."""
     is_star = rng.random(count) < 0.4
     # Number counts rise as the inverse of the brightness; the cap keeps one star from filling the frame.
-    peak = np.minimum(1.5 / (1 - rng.random(count)), np.where(is_star, 3000, 100))
-    g_minus_r = np.where(is_star, rng.uniform(0.3, 1.4, count), rng.normal(0.85, 0.25, count))
+    peak = np.minimum(2.0 / (1 - rng.random(count)), np.where(is_star, 3000, 100))
+    g_minus_r = np.where(is_star, rng.uniform(0.3, 1.3, count), rng.normal(0.8, 0.2, count))
     # Stars and galaxies lie along nearly the same line in these two colours.
-    weights = _band_weights(g_minus_r, 0.85 * g_minus_r - 0.05 + rng.normal(0, 0.1, count))
+    weights = _band_weights(g_minus_r, 0.75 * g_minus_r + rng.normal(0, 0.08, count))
     extent = np.where(is_star, 0, np.exp(rng.normal(-0.4, 0.6, count)))
     sources = {
         "row": rng.random(count),
@@ -549,9 +562,7 @@ def _stamp(image: FloatArray, sources: dict[str, FloatArray], *, fwhm: float, re
         np.add.at(plane, places, (sources[band] * profile)[inside])
 
 
-def _patch_profile(
-    down: FloatArray, across: FloatArray, sources: dict[str, FloatArray], *, fwhm: float
-) -> FloatArray:
+def _patch_profile(down: FloatArray, across: FloatArray, sources: dict[str, FloatArray], *, fwhm: float) -> FloatArray:
     """Elliptical Moffat profiles of peak 1, lowered so that they end at the border of the patch."""
     star = _moffat_scale(np.float32(fwhm))
     major = np.sqrt(star**2 + (sources["extent"] * star) ** 2)

@@ -42,7 +42,7 @@ Integers = npt.NDArray[np.integer[Any]]
 Booleans = npt.NDArray[np.bool_]
 
 
-class _MetricInMemory(evaluate.Metric):  # type: ignore[misc, unused-ignore]
+class _MetricInMemory(evaluate.Metric):
     """A metric that keeps what it is given in memory and writes nothing to disk."""
 
     summary = ""
@@ -198,7 +198,7 @@ class AveragePrecision(_MeanOverLabels):
 class LogLoss(ClassificationMetric):
     """The mean of minus the natural logarithm of the probability of the true label.
 
-    scikit-learn clips probabilities at a float64's smallest step, so that a certain and wrong prediction costs about 36.
+    scikit-learn clips probabilities at a float64's smallest step: a certain and wrong prediction costs about 36.
     """
 
     summary = "Cross-entropy in nats, 0 or more; lower is better."
@@ -382,9 +382,7 @@ def sigmoid(logits: npt.ArrayLike) -> Floats:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * np.asarray(logits, dtype=np.float64))))
 
 
-def _predictions_and_references(
-    evaluated: EvalPrediction, problem_type: str
-) -> tuple[Floats, npt.NDArray[Any]]:
+def _predictions_and_references(evaluated: EvalPrediction, problem_type: str) -> tuple[Floats, npt.NDArray[Any]]:
     # Trainer hands over a tuple when the model returns more than logits; logits come first.
     logits = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
     references = np.asarray(evaluated.label_ids)

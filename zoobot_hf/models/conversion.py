@@ -21,9 +21,16 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
+from .configuration_zoobot import ZoobotConfig
+from .image_processing_zoobot import ZoobotImageProcessor
+
 logger = logging.getLogger(__name__)
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+NORMALIZATIONS = ("auto", "none", "encoder")
+DEFAULT_PIXELS = 224
+# The central 212 of 424 px; see tests/benchmarks/ for the measurement on real rings.
+DEFAULT_ZOOM = 2.0
 SAFE_PATTERNS = ("*.json", "*.safetensors")
 
 
@@ -187,3 +194,70 @@ def _input_channels(folder: Path) -> int | None:
     channels = {shape[1] for shape in shapes if len(shape) == 4} & {1, 3}
     # Depthwise convolutions have one input channel as well, so 3 wins where both are there.
     return max(channels, default=None)
+
+
+def image_processor_for(
+    name_or_path: str | Path, *, normalization: str = "auto", zoom: float | None = None, **hub_arguments: Any
+) -> ZoobotImageProcessor:
+    """The image processor for an encoder or a finetuned model.
+
+    A zoobot_hf repository's own processor is taken as it is. For any other encoder the size comes from its
+    configuration, and the normalisation only from a statement that can be trusted: the mean and standard deviation in
+    timm's layout are left over from ImageNet in all of Zoobot's encoders, which take RGB in 0-1.
+
+    Args:
+        name_or_path: A local folder or a Hub id.
+        normalization: "none" gives RGB in 0-1; "encoder" applies the mean and standard deviation that the repository
+            states; "auto" applies them where a preprocessor_config.json states them, and not in timm's layout.
+        zoom: Factor by which the centre is magnified; the repository's own or else `DEFAULT_ZOOM` when absent.
+        **hub_arguments: As in `local_copy`.
+
+    Raises:
+        OSError: No such folder or repository, or no network.
+        ValueError: Another normalization, or one that the repository doesn't state.
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization is {normalization!r}; choose one of {', '.join(NORMALIZATIONS)}.")
+    folder = local_copy(name_or_path, **hub_arguments)
+    settings = read_configuration(folder)
+    if settings.get("model_type") == ZoobotConfig.model_type:
+        changes = {} if zoom is None else {"zoom": zoom}
+        return ZoobotImageProcessor.from_pretrained(str(folder), **changes)
+    stated = _stated_processing(folder, settings)
+    if normalization == "encoder" and not stated.normalization:
+        raise ValueError(f"{name_or_path} states no mean and standard deviation; choose normalization none.")
+    in_timm_layout = _has_timm_layout(settings)
+    is_trusted = normalization == "encoder" or (normalization == "auto" and not in_timm_layout)
+    applied = stated.normalization if is_trusted else {}
+    if normalization == "auto" and in_timm_layout and stated.normalization:
+        logger.warning(
+            "%s states %s, which is not applied: Galaxy Zoo's encoders take RGB in 0-1 and carry ImageNet's numbers "
+            "all the same. For an encoder that was trained elsewhere, choose normalization encoder.",
+            name_or_path,
+            stated.normalization,
+        )
+    return ZoobotImageProcessor(
+        stated.pixels, zoom=DEFAULT_ZOOM if zoom is None else zoom, do_normalize=bool(applied), **applied
+    )
+
+
+class _StatedProcessing(NamedTuple):
+    pixels: int
+    normalization: dict[str, list[float]]
+
+
+def _stated_processing(folder: Path, settings: dict[str, Any]) -> _StatedProcessing:
+    """Size and normalisation as the repository states them."""
+    path = folder / "preprocessor_config.json"
+    if _has_timm_layout(settings) or not path.is_file():
+        facts = settings.get("pretrained_cfg") or {}
+        pixels = (facts.get("input_size") or [DEFAULT_PIXELS])[-1]
+        mean, std = facts.get("mean"), facts.get("std")
+    else:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        pixels = settings.get("image_size", DEFAULT_PIXELS)
+        mean, std = facts.get("image_mean"), facts.get("image_std")
+        if not facts.get("do_normalize", True):
+            mean = std = None
+    normalization = {"image_mean": list(mean), "image_std": list(std)} if mean and std else {}
+    return _StatedProcessing(pixels if isinstance(pixels, int) else DEFAULT_PIXELS, normalization)

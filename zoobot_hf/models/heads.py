@@ -16,6 +16,7 @@ def build_head(config: ZoobotConfig) -> nn.Sequential:
     Returns:
         The head; its last layer is always `nn.Linear`.
     """
+    assert config.embedding_size is not None
     dropout = nn.Dropout(config.head_dropout)
     if config.head_type == "linear":
         return nn.Sequential(dropout, nn.Linear(config.embedding_size, config.num_labels))

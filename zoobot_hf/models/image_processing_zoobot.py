@@ -14,7 +14,7 @@ from transformers.utils import TensorType
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I")
 
 
-class ZoobotImageProcessor(BaseImageProcessor):  # type: ignore[misc]
+class ZoobotImageProcessor(BaseImageProcessor):
     """Crops the centre of each image, resizes it and scales it to what the encoder was trained on.
 
     Galaxy Zoo encoders take RGB in 0-1 at 224 px without normalisation, whatever their timm configuration says; the

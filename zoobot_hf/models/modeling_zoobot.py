@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ZoobotModelOutput(ModelOutput):  # type: ignore[misc]
+class ZoobotModelOutput(ModelOutput):
     """What the encoder says.
 
     Attributes:
@@ -32,7 +32,7 @@ class ZoobotModelOutput(ModelOutput):  # type: ignore[misc]
 
 
 @dataclass
-class ZoobotClassifierOutput(ModelOutput):  # type: ignore[misc]
+class ZoobotClassifierOutput(ModelOutput):
     """What the head says.
 
     Attributes:
@@ -44,7 +44,7 @@ class ZoobotClassifierOutput(ModelOutput):  # type: ignore[misc]
     logits: Tensor | None = None
 
 
-class ZoobotPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class ZoobotPreTrainedModel(PreTrainedModel):
     """What the models share: freezing, the mode of what is frozen, checkpointing."""
 
     config_class = ZoobotConfig
@@ -357,7 +357,7 @@ def _embedding_size(encoder: PreTrainedModel) -> int:
 
 
 def _timm_blocks(timm_model: nn.Module) -> list[set[str]]:
-    groups = group_parameters(timm_model, timm_model.group_matcher(coarse=True))
+    groups = group_parameters(timm_model, cast(Any, timm_model).group_matcher(coarse=True))
     blocks = [set(names) for _, names in sorted(groups.items())]
     parameters = dict(timm_model.named_parameters())
     if len(blocks) > 1 and all(parameters[name].ndim == 1 for name in blocks[-1]):

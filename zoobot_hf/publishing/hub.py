@@ -1,5 +1,6 @@
 """A finished run on the Hub: model, processor, card, table and figures in one commit."""
 
+import warnings
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -18,7 +19,7 @@ TOKEN_ADVICE = "log in with `hf auth login`, or set HF_TOKEN, with a token that 
 
 
 class HubPushError(RuntimeError):
-    """A push that the Hub did not take, in one line that says what to do. Nothing was uploaded."""
+    """A push that the Hub did not take, in one line that says what to do."""
 
 
 def push_folder(
@@ -53,22 +54,22 @@ def push_folder(
         HubPushError: When there is no token, when the Hub refuses it or its rights, when the repository's name is not
             valid, or when the Hub can't be reached.
     """
-    operations = [CommitOperationAdd(path_in_repo, file) for path_in_repo, file in _files_to_push(Path(folder)).items()]
+    operations = _operations(Path(folder))
     token = token or get_token()
     if token is None:
         raise HubPushError(f"No token for the Hub: {TOKEN_ADVICE}, then push again.")
     api = HfApi(token=token, library_name="zoobot_hf")
+    message = commit_message or "Push a model finetuned with zoobot_hf"
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
-        commit = api.create_commit(
-            repository.repo_id,
-            operations,
-            commit_message=commit_message or "Push a model finetuned with zoobot_hf",
-            revision=revision,
-            create_pr=create_pr,
-        )
+        with warnings.catch_warnings():
+            # A table of predictions belongs to its model, but huggingface_hub suspects it of being a lost dataset.
+            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+            commit = api.create_commit(
+                repository.repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr
+            )
     except HFValidationError as error:
         raise HubPushError(f"repo_id is {repo_id!r}, which the Hub doesn't allow: {_first_line(error)}") from error
     except HfHubHTTPError as error:
@@ -78,16 +79,16 @@ def push_folder(
     return str(commit.pr_url or repository)
 
 
-def _files_to_push(folder: Path) -> dict[str, Path]:
+def _operations(folder: Path) -> list[CommitOperationAdd]:
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"folder {str(folder)!r} is not a finished run: {', '.join(missing)} missing; "
             "pass the output_dir of a finetuning that has ended."
         )
-    names = [*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if (folder / name).is_file())]
-    figures = sorted(file.relative_to(folder).as_posix() for file in folder.glob(FIGURES))
-    return {name: folder / name for name in [*names, *figures]}
+    there = [folder / name for name in (*REQUIRED_FILES, *OPTIONAL_FILES) if (folder / name).is_file()]
+    files = [*there, *sorted(folder.glob(FIGURES))]
+    return [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
 
 
 def _refusal(error: HfHubHTTPError, *, repo_id: str) -> str:

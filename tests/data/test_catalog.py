@@ -1,0 +1,293 @@
+"""Catalogs are read from every format, checked, and written whole."""
+
+import gzip
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from astropy.io import fits
+from astropy.table import Table
+
+from zoobot_hf.data.catalog import (
+    CATALOG_FORMATS,
+    CatalogError,
+    find_catalog,
+    read_catalog,
+    read_galaxies,
+    read_image_folder,
+    write_catalog,
+)
+
+RINGS = Path(__file__).resolve().parents[2] / "../shared/data/rings"
+NAMES = ["007", "NA", "J000411.19+020924.0"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with three image files; nothing here opens them."""
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"an image")
+    return tmp_path
+
+
+@pytest.fixture
+def table():
+    """A catalog of three galaxies."""
+    return pd.DataFrame(
+        {
+            "id_str": NAMES,
+            "file_loc": ["0.png", "1.png", "2.png"],
+            "ring": [1, 0, 1],
+            "disk-edge-on_no_fraction": [0.5, np.nan, 0.25],
+        }
+    )
+
+
+@pytest.mark.parametrize("suffix", CATALOG_FORMATS)
+def test_what_was_written_is_read_back(suffix, folder, table):
+    write_catalog(table, folder / f"galaxies{suffix}")
+
+    catalog = read_catalog(folder / f"galaxies{suffix}", label_column="ring")
+
+    assert list(catalog.columns) == ["id_str", "file_loc", "ring", "disk-edge-on_no_fraction"]
+    assert list(catalog["id_str"]) == NAMES
+    assert list(catalog["file_loc"]) == [str(folder / f"{number}.png") for number in range(3)]
+    assert list(catalog["ring"]) == [1, 0, 1]
+    np.testing.assert_array_equal(catalog["disk-edge-on_no_fraction"], [0.5, np.nan, 0.25])
+    assert catalog["disk-edge-on_no_fraction"].dtype.isnative
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".fits", ".vot", ".ecsv"])
+def test_a_compressed_catalog_is_read(suffix, folder, table):
+    write_catalog(table, folder / f"galaxies{suffix}")
+    (folder / f"galaxies{suffix}.gz").write_bytes(gzip.compress((folder / f"galaxies{suffix}").read_bytes()))
+
+    assert list(read_catalog(folder / f"galaxies{suffix}.gz")["id_str"]) == NAMES
+
+
+def test_a_fits_table_gives_native_numbers_and_stripped_text(folder):
+    columns = [
+        fits.Column("id_str", format="12A", array=np.array([b"007   ", b"b", b"c"])),
+        fits.Column("file_loc", format="12A", array=np.array(["0.png", "1.png", "2.png"])),
+        fits.Column("mag", format="E", array=np.array([17.5, 18.0, 18.5])),
+        fits.Column("flux_in_apertures", format="3E", array=np.ones((3, 3))),
+    ]
+    fits.BinTableHDU.from_columns(columns).writeto(folder / "galaxies.fits")
+
+    catalog = read_catalog(folder / "galaxies.fits")
+
+    assert list(catalog["id_str"]) == ["007", "b", "c"]
+    assert list(catalog["mag"]) == [17.5, 18.0, 18.5]
+    assert catalog["mag"].dtype == np.dtype("float32")
+    assert "flux_in_apertures" not in catalog.columns
+
+
+def test_integer_names_keep_every_digit(folder, table):
+    table["id_str"] = [1237648720693690487, 1237648720693690488, 1237648720693690489]
+    write_catalog(table, folder / "galaxies.fits")
+
+    names = read_catalog(folder / "galaxies.fits")["id_str"]
+
+    assert list(names) == ["1237648720693690487", "1237648720693690488", "1237648720693690489"]
+
+
+def test_floating_point_names_are_refused(folder, table):
+    write_catalog(table.assign(id_str=[1.0, 2.0, 3.0]), folder / "galaxies.fits")
+
+    with pytest.raises(CatalogError, match=r"floating-point numbers in 'id_str', for example .*1\.0"):
+        read_catalog(folder / "galaxies.fits")
+
+
+def test_an_absolute_location_stays(folder, table):
+    (folder / "elsewhere").mkdir()
+    table["file_loc"] = [str(folder / name) for name in table["file_loc"]]
+    write_catalog(table, folder / "elsewhere/galaxies.csv")
+
+    assert list(read_catalog(folder / "elsewhere/galaxies.csv")["file_loc"]) == list(table["file_loc"])
+
+
+def test_a_missing_column_is_named_with_those_there_are(folder, table):
+    write_catalog(table.rename(columns={"id_str": "iauname"}), folder / "galaxies.csv")
+
+    with pytest.raises(CatalogError, match=r"no column 'id_str', 'bar'; its columns are 'iauname', 'file_loc', 'ring'"):
+        read_catalog(folder / "galaxies.csv", label_column="bar")
+
+
+def test_duplicate_names_are_counted_and_the_first_five_are_listed(folder):
+    names = [f"g{number}" for number in range(7) for _ in range(3)]
+    pd.DataFrame({"id_str": names, "file_loc": "0.png"}).to_csv(folder / "galaxies.csv", index=False)
+
+    with pytest.raises(CatalogError, match=r"more than once for 7 galaxies: 'g0', 'g1', 'g2', 'g3', 'g4', \.\.\.;"):
+        read_catalog(folder / "galaxies.csv")
+
+
+def test_images_that_are_not_there_are_counted_and_listed(folder, table):
+    table["file_loc"] = ["0.png", "lost.png", "."]
+    write_catalog(table, folder / "galaxies.csv")
+
+    with pytest.raises(CatalogError, match=r"not there, for 2 galaxies: '.*lost\.png', '.*'\. A relative"):
+        read_catalog(folder / "galaxies.csv")
+    assert len(read_catalog(folder / "galaxies.csv", images_must_exist=False)) == 3
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".fits", ".vot", ".ecsv"])
+def test_missing_labels_are_counted_and_listed(suffix, folder, table):
+    write_catalog(table.assign(ring=["yes", None, None]), folder / f"galaxies{suffix}")
+
+    with pytest.raises(CatalogError, match=r"column 'ring' has no label for 2 galaxies: 'NA', 'J000411"):
+        read_catalog(folder / f"galaxies{suffix}", label_column="ring")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".fits", ".vot", ".ecsv"])
+def test_a_missing_name_is_an_error_that_gives_the_row(suffix, folder, table):
+    write_catalog(table.assign(id_str=["a", None, "c"]), folder / f"galaxies{suffix}")
+
+    with pytest.raises(CatalogError, match=r"no 'id_str' in 1 of 3 rows, the first of them row 2"):
+        read_catalog(folder / f"galaxies{suffix}")
+
+
+def test_a_masked_name_is_an_error(folder):
+    masked = Table({"id_str": [1, 2, 3], "file_loc": ["0.png", "1.png", "2.png"]}, masked=True)
+    masked["id_str"].mask = [False, False, True]
+    masked.write(folder / "galaxies.ecsv")
+
+    with pytest.raises(CatalogError, match="no 'id_str' in 1 of 3 rows, the first of them row 3"):
+        read_catalog(folder / "galaxies.ecsv")
+
+
+def test_a_catalog_without_rows_is_refused(folder, table):
+    write_catalog(table.iloc[:0], folder / "galaxies.csv")
+
+    with pytest.raises(CatalogError, match="has no rows"):
+        read_catalog(folder / "galaxies.csv")
+
+
+def test_an_unknown_suffix_lists_the_known_ones(folder, table):
+    with pytest.raises(CatalogError, match=re.escape("'.xlsx'; known are .csv, .parquet, .fits, .fit, .vot")):
+        read_catalog(folder / "galaxies.xlsx")
+    with pytest.raises(CatalogError, match=re.escape("'.xlsx'; known are .csv")):
+        write_catalog(table, folder / "galaxies.xlsx")
+
+
+def test_a_catalog_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(CatalogError, match=r"galaxies\.csv does not exist"):
+        read_catalog(tmp_path / "galaxies.csv")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".fits", ".vot", ".ecsv", ".csv.gz", ".fits.gz"])
+@pytest.mark.parametrize("content", [b"", bytes(range(256))], ids=["empty", "noise"])
+def test_a_damaged_catalog_is_named(suffix, content, tmp_path):
+    (tmp_path / f"galaxies{suffix}").write_bytes(content)
+
+    with pytest.raises(CatalogError, match=rf"galaxies{re.escape(suffix)} (can't be read as|has no column)"):
+        read_catalog(tmp_path / f"galaxies{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".fits", ".vot"])
+def test_a_truncated_catalog_is_named(suffix, folder, table):
+    path = folder / f"galaxies{suffix}"
+    write_catalog(table, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    with pytest.raises(CatalogError, match=r"can't be read as"):
+        read_catalog(path)
+
+
+def test_a_fits_image_is_no_catalog(tmp_path):
+    fits.writeto(tmp_path / "galaxy.fits", np.zeros((4, 4)))
+
+    with pytest.raises(CatalogError, match="can't be read as fits: No table found"):
+        read_catalog(tmp_path / "galaxy.fits")
+
+
+def test_a_folder_gives_every_image_in_order(tmp_path):
+    for name in ["b/2.JPG", "a/1.png", "3.fits.gz", "b/notes.txt", "b/._2.JPG", ".cache/4.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+
+    catalog = read_image_folder(tmp_path)
+
+    assert list(catalog["id_str"]) == ["3", "1", "2"]
+    assert list(catalog["file_loc"]) == [str(tmp_path / name) for name in ["3.fits.gz", "a/1.png", "b/2.JPG"]]
+
+
+def test_subfolders_name_the_classes(tmp_path):
+    for name in ["ring/deep/1.png", "ring/2.png", "not ring/3.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+
+    catalog = read_image_folder(tmp_path, label_column="class")
+
+    assert dict(zip(catalog["id_str"], catalog["class"], strict=True)) == {"1": "ring", "2": "ring", "3": "not ring"}
+
+
+def test_an_image_outside_of_the_subfolders_has_no_class(folder):
+    (folder / "ring").mkdir()
+    (folder / "ring/9.png").write_bytes(b"")
+
+    with pytest.raises(CatalogError, match=r"in none: 3 galaxies: '0\.png', '1\.png', '2\.png'\. Put every image"):
+        read_image_folder(folder, label_column="ring")
+
+
+def test_two_images_of_one_name_are_refused(folder):
+    (folder / "0.jpg").write_bytes(b"")
+
+    with pytest.raises(CatalogError, match="more than once for 1 galaxy: '0'"):
+        read_image_folder(folder)
+
+
+def test_a_folder_without_images_lists_the_suffixes(tmp_path):
+    with pytest.raises(CatalogError, match=r"holds no images; their suffixes may be \.png, \.jpg"):
+        read_image_folder(tmp_path)
+    with pytest.raises(CatalogError, match="nowhere does not exist"):
+        read_image_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["catalog.csv", "catalog.parquet", "catalog.fits"])
+def test_a_folder_with_a_catalog_is_that_catalog(name, folder, table):
+    write_catalog(table, folder / name)
+
+    assert find_catalog(folder) == folder / name
+    assert list(read_galaxies(folder, label_column="ring")["id_str"]) == NAMES
+    assert list(read_galaxies(folder / name)["id_str"]) == NAMES
+
+
+def test_a_folder_without_a_catalog_is_its_images(folder):
+    assert list(read_galaxies(folder)["id_str"]) == ["0", "1", "2"]
+
+
+def test_a_source_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(CatalogError, match="nowhere does not exist; give a catalog file or a folder of images"):
+        read_galaxies(tmp_path / "nowhere")
+
+
+def test_writing_that_fails_leaves_the_old_file(folder, table, monkeypatch):
+    write_catalog(table, folder / "galaxies.csv")
+    before = (folder / "galaxies.csv").read_bytes()
+
+    def write_half(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", write_half)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_catalog(table.iloc[:1], folder / "galaxies.csv")
+
+    assert (folder / "galaxies.csv").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["0.png", "1.png", "2.png", "galaxies.csv"]
+
+
+def test_a_compressed_file_is_not_written(folder, table):
+    with pytest.raises(CatalogError, match=r"ends in \.gz; catalogs are written uncompressed"):
+        write_catalog(table, folder / "galaxies.csv.gz")
+
+
+@pytest.mark.skipif(not RINGS.exists(), reason="needs ../shared/data/rings, which is not part of the project")
+def test_the_ring_galaxies_are_read():
+    catalog = read_galaxies(RINGS, label_column="ring")
+
+    assert len(catalog) == 470
+    assert catalog["ring"].value_counts().to_dict() == {1: 235, 0: 235}
+    assert catalog["id_str"][0] == "J000411.19+020924.0"

@@ -1,0 +1,173 @@
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, render_model_card
+
+LEAST = {
+    "model_name": "ring-finder",
+    "encoder": "microsoft/resnet-18",
+    "labels": ("no ring", "ring"),
+    "problem_type": "single_label_classification",
+    "image_size": 224,
+    "stages": (),
+}
+STAGES = (
+    StageFacts(
+        name="frozen",
+        hyperparameters={"epochs": 20},
+        metrics={"accuracy": 0.65, "completeness": 0.6, "confusion": [[3, 1], [1, 1]]},
+    ),
+    StageFacts(name="unfrozen", metrics={"accuracy": 0.76, "completeness": 0.7, "roc_auc": float("nan")}),
+)
+EVERYTHING = LEAST | {
+    "stages": STAGES,
+    "kept_stage": "unfrozen",
+    "repo_id": "astronomer/ring-finder",
+    "base_model": "microsoft/resnet-18",
+    "license": "apache-2.0",
+    "dataset_name": "galaxies/rings",
+    "dataset_ids": ("galaxies/rings",),
+    "counts": {"train": {"no ring": 100, "ring": 120}, "test": {"no ring": 20, "ring": 24}},
+    "cuts": {"edge-on": 12},
+    "training_prevalence": {"no ring": 0.5, "ring": 0.5},
+    "sky_prevalence": {"no ring": 0.97, "ring": 0.03},
+    "seeds": {"split": 1},
+    "versions": {"torch": "2.15.0"},
+    "device": "CPU, 2 threads",
+    "training_seconds": 4000.0,
+    "figures": {"figures/training_curves.png": "Losses by epoch."},
+    "limits": ("Labels are noisy.",),
+    "citations": ("Walmsley et al. 2023",),
+    "simulated": True,
+}
+
+
+def render(**changes):
+    return render_model_card(ModelCardFacts(**LEAST | changes))
+
+
+def headings(text):
+    return re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+
+
+def test_the_hub_reads_the_metadata():
+    data = ModelCard(render(**EVERYTHING)).data
+    assert data.library_name == "zoobot_hf"
+    assert data.pipeline_tag == "image-classification"
+    assert data.license == "apache-2.0"
+    assert data.base_model == "microsoft/resnet-18"
+    assert data.datasets == ["galaxies/rings"]
+    assert data.model_name == "ring-finder"
+    assert "astronomy" in data.tags
+
+
+def test_the_metadata_hold_the_numbers_of_the_kept_stage():
+    results = ModelCard(render(**EVERYTHING)).data.eval_results
+    assert [(result.metric_type, result.metric_name, result.metric_value) for result in results] == [
+        ("accuracy", "accuracy", 0.76),
+        ("recall", "completeness", 0.7),
+    ]
+    assert {(result.dataset_type, result.dataset_split) for result in results} == {("galaxies/rings", "test")}
+
+
+def test_a_single_stage_needs_no_choice_to_be_published():
+    text = render(stages=STAGES[:1], dataset_name="simulated")
+    assert [result.metric_value for result in ModelCard(text).data.eval_results] == [0.65, 0.6]
+    assert "did better" not in text
+
+
+def test_a_card_with_every_fact_has_every_section():
+    text = render(**EVERYTHING)
+    assert headings(text) == [
+        "How to use it",
+        "How well it does",
+        "Figures",
+        "What it was trained on",
+        "Prevalence",
+        "How it was trained",
+        "Limits",
+        "Citation",
+    ]
+    for line in (
+        "The unfrozen stage did better on the validation split",
+        "drawn by a simulation",
+        'classify = pipeline("image-classification", model="astronomer/ring-finder")',
+        "On the test split, 44 galaxies:",
+        "| | frozen stage | unfrozen stage |",
+        "| accuracy | 0.650 | 0.760 |",
+        "| train | 100 | 120 | 220 |",
+        "- edge-on: 12",
+        "| in the sky | 0.970 | 0.030 |",
+        "- epochs: 20",
+        "- training time: 1 h 7 min",
+        "- device: CPU, 2 threads",
+        "![Losses by epoch.](figures/training_curves.png)",
+        "- Labels are noisy.",
+        "- Walmsley et al. 2023",
+    ):
+        assert line in text, line
+    assert "confusion" not in text
+    assert "nan" not in text
+
+
+def test_a_card_says_nothing_that_is_not_known():
+    text = render()
+    assert headings(text) == ["How to use it"]
+    assert "None" not in text
+    assert "simulation" not in text
+    assert "path/to/ring-finder" in text
+    assert set(ModelCard(text).data.to_dict()) == {"library_name", "pipeline_tag", "tags", "model_name"}
+
+
+@pytest.mark.parametrize(
+    "fact", [name for name in EVERYTHING if name not in LEAST and name not in ("kept_stage", "repo_id", "base_model")]
+)
+def test_no_heading_is_empty_for_any_single_fact(fact):
+    text = render(**{fact: EVERYTHING[fact]})
+    assert re.search(r"^#.*\n+(#|\Z)", re.sub(r"(?s)```.*?```", "code", text), flags=re.MULTILINE) is None
+    assert "\n\n\n" not in text
+
+
+def test_the_lines_on_how_to_load_it_are_python():
+    blocks = re.findall(r"```python\n(.*?)```", render(**EVERYTHING), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        compile(block, "card", "exec")
+
+
+@pytest.mark.parametrize("path", ["/home/someone/rings", "../shared/rings", "rings/"])
+def test_of_a_local_path_only_the_folder_is_shown(path):
+    text = render(encoder=path, dataset_name=path, stages=STAGES, kept_stage="frozen")
+    assert "on the encoder rings." in text
+    assert "The dataset is rings." in text
+    assert path not in text
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_the_card_says_what_kind_of_model_it_is(problem_type):
+    expected = {
+        "multi_label_classification": "may have several: no ring, ring",
+        "regression": "Its outputs: no ring, ring",
+    }
+    assert expected[problem_type] in render(problem_type=problem_type)
+
+
+def test_text_is_not_escaped_as_html():
+    assert "smooth & round" in render(labels=("smooth & round", "<other>"))
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 s"), (205, "3 min"), (3600, "1 h 0 min")])
+def test_times_are_easy_to_read(seconds, text):
+    assert f"- training time: {text}\n" in render(training_seconds=seconds)
+
+
+def test_an_unknown_problem_type_is_named():
+    with pytest.raises(ValueError, match="'ranking'; choose one of single_label_classification"):
+        render(problem_type="ranking")
+
+
+def test_a_kept_stage_that_was_not_run_is_named():
+    with pytest.raises(ValueError, match="'third'; choose one of the stages: frozen, unfrozen"):
+        render(stages=STAGES, kept_stage="third")

@@ -1,0 +1,32 @@
+"""What the tables of predictions look like."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+
+def prediction_table(
+    identifiers: Sequence[str], predictions: ArrayLike, *, label_names: Sequence[str], problem_type: str
+) -> pd.DataFrame:
+    """A row for each galaxy, in the order given.
+
+    For a single label the columns are `id_str`, `predicted_label` (the most probable one) and a `probability_...` for
+    each label; for several labels `id_str` and the probabilities; for a regression `id_str` and a `predicted_...` for
+    each output. In column names anything but letters, digits and `_` becomes `_`.
+
+    Args:
+        identifiers: The galaxies' `id_str`.
+        predictions: (galaxies, labels): probabilities, after softmax or sigmoid, or a regression's values.
+        label_names: In the order of the predictions' columns.
+        problem_type: As in `ZoobotConfig`.
+    """
+    values = np.asarray(predictions, dtype=np.float32)
+    prefix = "predicted" if problem_type == "regression" else "probability"
+    columns = {f"{prefix}_{re.sub(r'[^0-9A-Za-z_]', '_', name)}": values[:, i] for i, name in enumerate(label_names)}
+    table = pd.DataFrame({"id_str": list(identifiers), **columns})
+    if problem_type == "single_label_classification":
+        table.insert(1, "predicted_label", [label_names[index] for index in values.argmax(axis=1)])
+    return table

@@ -1,0 +1,223 @@
+"""The model card of a finetuned model, from plain values: it knows no trainer and no network."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+TEMPLATE = "model_card.md.jinja"
+TAGS = ("astronomy", "galaxies", "morphology", "galaxy-zoo", "zoobot")
+KINDS = {
+    "single_label_classification": ("A classifier", "labels, of which a galaxy has one"),
+    "multi_label_classification": ("A classifier", "labels, of which a galaxy may have several"),
+    "regression": ("A regression model", "outputs"),
+}
+# The Hub knows these two by another name than an astronomer does.
+HUB_METRIC_TYPES = {"completeness": "recall", "purity": "precision"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFacts:
+    """What one stage of finetuning was and what it reached.
+
+    Args:
+        name: "frozen" or "unfrozen".
+        hyperparameters: The settings worth knowing, by name.
+        metrics: Values on the test split by metric name, as `zoobot_hf.evaluation.metrics` names them. Those that are
+            no single number, as `confusion`, are left out of the card.
+    """
+
+    name: str
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCardFacts:
+    """Everything that a model card says. What is left out is not on the card.
+
+    Args:
+        model_name: The model's name, without its owner.
+        encoder: The encoder as it was asked for: an id on the Hub, or a local path, of which only the folder is shown.
+        labels: The labels' names in the order of the logits; for regression the outputs' names.
+        problem_type: "single_label_classification", "multi_label_classification" or "regression".
+        image_size: Width and height that the processor makes of every image, in pixels.
+        stages: The stages that were run, in their order.
+        kept_stage: The stage whose model is published.
+        repo_id: "owner/name" on the Hub, for the lines on how to load it; None shows a folder there.
+        base_model: The encoder's id on the Hub; None where it is not from there.
+        license: The Hub's short name of the model's licence, such as "apache-2.0".
+        dataset_name: The dataset as it was asked for: an id on the Hub, "simulated", or a local path, of which only the
+            folder is shown.
+        dataset_ids: The datasets' ids on the Hub.
+        counts: Galaxies by split and, in each, by label.
+        cuts: Galaxies that were removed before the split, by the reason in words.
+        training_prevalence: The share of each label in training, 0-1.
+        sky_prevalence: The share of each label in the sky, 0-1.
+        seeds: The seeds by what they seeded.
+        versions: Version by name of the software.
+        device: What it was trained on, in words.
+        training_seconds: How long training took, in seconds.
+        figures: Caption by path of the figure, relative to the card.
+        limits: What to beware of, a sentence each.
+        citations: What to cite, a reference each.
+        simulated: Whether the galaxies were drawn by a simulation.
+
+    Raises:
+        ValueError: When the problem type is none of the three, or when `kept_stage` is not one of the stages.
+    """
+
+    model_name: str
+    encoder: str
+    labels: Sequence[str]
+    problem_type: str
+    image_size: int
+    stages: Sequence[StageFacts]
+    kept_stage: str | None = None
+    repo_id: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    dataset_name: str | None = None
+    dataset_ids: Sequence[str] = ()
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    cuts: Mapping[str, int] = field(default_factory=dict)
+    training_prevalence: Mapping[str, float] = field(default_factory=dict)
+    sky_prevalence: Mapping[str, float] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    device: str | None = None
+    training_seconds: float | None = None
+    figures: Mapping[str, str] = field(default_factory=dict)
+    limits: Sequence[str] = ()
+    citations: Sequence[str] = ()
+    simulated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.problem_type not in KINDS:
+            raise ValueError(f"problem_type is {self.problem_type!r}; choose one of {', '.join(KINDS)}.")
+        names = [stage.name for stage in self.stages]
+        if self.kept_stage is not None and self.kept_stage not in names:
+            raise ValueError(f"kept_stage is {self.kept_stage!r}; choose one of the stages: {', '.join(names)}.")
+
+
+def render_model_card(facts: ModelCardFacts) -> str:
+    """The model card in Markdown, with the Hub's metadata on top; what there is no fact for is not mentioned.
+
+    Args:
+        facts: What is known of the model and its training.
+
+    Returns:
+        The text of README.md.
+    """
+    template = _environment().get_template(TEMPLATE)
+    kind, outputs = KINDS[facts.problem_type]
+    scored_stages = [stage for stage in facts.stages if _numbers(stage.metrics)]
+    text = template.render(
+        facts=facts,
+        metadata=_metadata(facts).to_yaml(),
+        kind=kind,
+        outputs=outputs,
+        encoder=_name_to_show(facts.encoder, facts.base_model),
+        dataset=_dataset_to_show(facts),
+        repository=facts.repo_id or f"path/to/{facts.model_name}",
+        scored_stages=scored_stages,
+        metrics=list(dict.fromkeys(name for stage in scored_stages for name in _numbers(stage.metrics))),
+        test_count=sum(facts.counts.get("test", {}).values()),
+        counted=list(dict.fromkeys(label for by_label in facts.counts.values() for label in by_label)),
+        prevalences=_prevalences(facts),
+        trained_stages=[stage for stage in facts.stages if stage.hyperparameters],
+        circumstances=_circumstances(facts),
+    )
+    # Each block of the template stands on its own, with the empty lines that it may need around it.
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _environment() -> Environment:
+    # Autoescaping is for HTML; in Markdown it would turn "a & b" into "a &amp; b".
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["score"] = _score_to_show
+    return environment
+
+
+def _metadata(facts: ModelCardFacts) -> ModelCardData:
+    return ModelCardData(
+        library_name="zoobot_hf",
+        pipeline_tag="image-classification",
+        tags=list(TAGS),
+        license=facts.license,
+        base_model=facts.base_model,
+        datasets=list(facts.dataset_ids) or None,
+        model_name=facts.model_name,
+        eval_results=_evaluation_results(facts) or None,
+    )
+
+
+def _evaluation_results(facts: ModelCardFacts) -> list[EvalResult]:
+    dataset = _dataset_to_show(facts)
+    published = [stage for stage in facts.stages if stage.name == facts.kept_stage or len(facts.stages) == 1]
+    if dataset is None or not published:  # the Hub wants a dataset beside each value
+        return []
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=facts.dataset_ids[0] if facts.dataset_ids else dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type=HUB_METRIC_TYPES.get(name, name),
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in _numbers(published[0].metrics).items()
+    ]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _name_to_show(name: str, hub_id: str | None) -> str:
+    # A local path is nobody's business but the user's own.
+    return hub_id or Path(name).name
+
+
+def _dataset_to_show(facts: ModelCardFacts) -> str | None:
+    if facts.dataset_name is None:
+        return ", ".join(facts.dataset_ids) or None
+    return _name_to_show(facts.dataset_name, ", ".join(facts.dataset_ids))
+
+
+def _prevalences(facts: ModelCardFacts) -> dict[str, Mapping[str, float]]:
+    prevalences = {"in training": facts.training_prevalence, "in the sky": facts.sky_prevalence}
+    return {name: prevalence for name, prevalence in prevalences.items() if prevalence}
+
+
+def _circumstances(facts: ModelCardFacts) -> dict[str, str]:
+    lines = {
+        "seeds": ", ".join(f"{name} {seed}" for name, seed in facts.seeds.items()),
+        "device": facts.device,
+        "training time": None if facts.training_seconds is None else _time_to_show(facts.training_seconds),
+        "software": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
+    }
+    return {name: text for name, text in lines.items() if text}
+
+
+def _time_to_show(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _score_to_show(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) and math.isfinite(value) else "-"

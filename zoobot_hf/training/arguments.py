@@ -1,0 +1,92 @@
+"""The arguments of the two stages: TrainingArguments with a few fields more and other defaults."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class _StageArguments(TrainingArguments):
+    """What both stages share.
+
+    Changed defaults: evaluates, saves and logs once an epoch; keeps the checkpoint of lowest validation loss and the
+    last one, and ends with the former; leaves the dataset's columns alone.
+    """
+
+    augment: bool = field(default=True, metadata={"help": "Turn, mirror, zoom and shift the training images."})
+    zoom_range: float = field(
+        default=0.15, metadata={"help": "Largest zoom in and out of a training image: 0.15 is 0.85 to 1.15."}
+    )
+    max_shift: float = field(
+        default=0.05, metadata={"help": "Largest shift of a training image, as a share of its width."}
+    )
+    early_stopping_patience: int | None = field(
+        default=10,  # Zoobot 2.9.0, `get_trainer(patience=10)`
+        metadata={"help": "Epochs without a lower validation loss after which the stage ends."},
+    )
+
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str = field(default="eval_loss", metadata={"help": "What makes a checkpoint the best."})
+    greater_is_better: bool = field(default=False, metadata={"help": "Whether more of it is better."})
+    save_total_limit: int = field(default=1, metadata={"help": "Checkpoints kept beside the best."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model doesn't take."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "Trackers that Trainer knows."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Go on counting towards early stopping after a resume."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.zoom_range < 1:
+            raise ValueError(f"zoom_range is {self.zoom_range}; give at least 0 and less than 1.")
+        if not 0 <= self.max_shift < 1:
+            raise ValueError(f"max_shift is {self.max_shift}; give at least 0 and less than 1.")
+
+
+@dataclass
+class FrozenStageArguments(_StageArguments):
+    """Arguments of the frozen stage: only the head is trained.
+
+    Changed defaults: learning rate 1e-3, weight decay 0.05, 20 epochs, batches of 32.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the head."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of the head, Zoobot 2.9.0's."})
+    num_train_epochs: float = field(default=20, metadata={"help": "Most epochs to train for."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Galaxies a step and device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Galaxies a step and device."})
+
+
+@dataclass
+class UnfrozenStageArguments(_StageArguments):
+    """Arguments of the unfrozen stage: the encoder is trained as well, gently.
+
+    Changed defaults: learning rate 3e-4 with cosine decay after a tenth of warm-up, weight decay 0.05, 15 epochs,
+    batches of 16.
+    """
+
+    last_blocks: int | None = field(
+        default=None, metadata={"help": "How many of the encoder's last blocks to train; all of them when absent."}
+    )
+    layer_decay: float = field(
+        default=0.9, metadata={"help": "Factor of the learning rate from each block to the one below it."}
+    )
+    keep_batch_norm_statistics: bool = field(
+        default=True, metadata={"help": "Keep the running mean and variance of BatchNorm layers."}
+    )
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the head and the last block."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or a share of all below 1."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of head and encoder, Zoobot 2.9.0's."})
+    num_train_epochs: float = field(default=15, metadata={"help": "Most epochs to train for."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Galaxies a step and device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Galaxies a step and device."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}; give more than 0 and at most 1.")
