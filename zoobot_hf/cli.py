@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="zoobot-hf", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="zoobot-hf", description="Finetune a galaxy encoder, publish it, predict a survey."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="finetune an encoder to drawn ring galaxies, with no network")

@@ -185,6 +185,7 @@ def test_a_damaged_catalog_is_named(suffix, content, tmp_path):
         read_catalog(tmp_path / f"galaxies{suffix}")
 
 
+@pytest.mark.filterwarnings("ignore::astropy.io.fits.verify.VerifyWarning")
 @pytest.mark.parametrize("suffix", [".parquet", ".fits", ".vot"])
 def test_a_truncated_catalog_is_named(suffix, folder, table):
     path = folder / f"galaxies{suffix}"

@@ -146,7 +146,7 @@ def split_dataset(
     """Train, validation and test splits that share no galaxy and have the same share of every class.
 
     The defaults are Zoobot's. Of a few hundred galaxies they leave a validation split of a few dozen, whose loss is
-    noisy: a fraction of 0.2 chooses the better epoch more reliably.
+    noisy; a larger fraction steadies it.
 
     Args:
         dataset: The galaxies, in one dataset or in splits. Splits that are there stay as they are; a missing validation

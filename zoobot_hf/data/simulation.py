@@ -14,6 +14,7 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
-FloatArray = NDArray[np.float32]
+# Drawn in float32; the numbers of one galaxy may be double.
+FloatArray = NDArray[np.floating[Any]]
 
 RING_CLASS_NAMES = ["not ring", "ring"]
 SMALLEST_SIZE = 32
@@ -44,6 +46,9 @@ PIXELS_IN_A_CHUNK = 16 * 128 * 128
 PARAMETER_STREAM, TEXTURE_STREAM, SOURCE_STREAM, NOISE_STREAM = range(4)
 TEXTURE_MODES = 12
 
+# Core radius over full width at half maximum of a Moffat profile with beta 3.
+MOFFAT_SCALE = 1 / (2 * math.sqrt(2 ** (1 / 3) - 1))
+
 # The display shows z, r, g as red, green, blue. A galaxy with these colours in magnitudes comes out grey.
 GREY_G_MINUS_R, GREY_R_MINUS_Z = 0.64, 0.52
 OLD_COLOURS, YOUNG_COLOURS = (0.72, 0.60), (0.48, 0.34)  # g - r, r - z
@@ -57,7 +62,31 @@ class SimulatedGalaxies:
 
     Attributes:
         images: uint8, 0-255, (count, size, size, 3), red, green, blue.
-        parameters: A row for each image, in the same order; the columns are those of `draw_parameters`.
+        parameters: A row for each image, in the same order, indexed by the galaxy's number. Columns ("radii" are
+            half-light radii of the disk; a strength of 0 is none):
+
+            - `id_str`: "simulated-{seed}-{number}".
+            - `ring`: 1 or 0.
+            - `half_light_arcsec`: apparent half-light radius, arcseconds; small ones are more blurred.
+            - `disk_radius_px`, `disk_sersic_index`: face-on half-light radius in pixels, profile of the disk.
+            - `surface_brightness`: of the disk, mean within its half-light radius, display units.
+            - `young_fraction`: of the disk's light, 0 to 1.
+            - `lens_strength` (relative to the disk's mean surface brightness), `lens_radius` (radii): a plateau with an
+              edge.
+            - `bulge_to_total` (of bulge and smooth disk), `bulge_radius` (radii), `bulge_sersic_index`.
+            - `inclination_deg` (0 is face-on), `position_angle_deg` (of the major axis).
+            - `lopsidedness`: 0 is symmetric; the disk reaches out further by this fraction on one side.
+            - `bar_strength` (relative to the disk's mean surface brightness), `bar_length` (radii),
+              `bar_angle_deg` (from the major axis, in the disk).
+            - `spiral_arms`, `spiral_strength` (relative to the disk), `pitch_angle_deg`,
+              `arm_length_deg` (angle about the centre, bar's end to arm's end), `winding` (1 or -1).
+            - `clumpiness`: of arms and ring, 0 is smooth.
+            - `ring_strength` (relative to the disk's own light there), `ring_radius` (radii), `ring_width` (standard
+              deviation over ring radius), `ring_axis_ratio` (in the disk, along the bar), `gap_depth` (0 to 1).
+            - `psf_fwhm_px`: seeing in pixels.
+            - `sky_noise`, `noise_grain`: noise in display units at 424 pixels, and its correlation length (Gaussian
+              sigma) there in pixels.
+            - `neighbour_count`: stars and other galaxies in the frame.
     """
 
     images: NDArray[np.uint8]
@@ -96,7 +125,8 @@ def simulate_ring_dataset(count: int, *, seed: int, size: int = 128, ring_fracti
 
     Returns:
         Columns `id_str`, `image` (JPEG of quality 95, decoded on access), `label` ("not ring" or "ring") and the other
-        columns of `draw_parameters`. The same arguments give the same dataset, the second time from the cache.
+        columns of `SimulatedGalaxies.parameters`. The same arguments give the same dataset, the second time from the
+        cache.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -124,30 +154,7 @@ def draw_parameters(
         first: Number of the first galaxy, 0 or more.
 
     Returns:
-        The index is the galaxy's number; columns, where "radii" means half-light radii of the disk:
-
-        - `id_str`: "simulated-{seed}-{number}".
-        - `ring`: 1 or 0.
-        - `half_light_arcsec`: apparent half-light radius, arcseconds; small ones are more blurred.
-        - `disk_radius_px`, `disk_sersic_index`: face-on half-light radius in pixels, profile of the disk.
-        - `surface_brightness`: of the disk, mean within its half-light radius, display units.
-        - `young_fraction`: of the disk's light, 0 to 1.
-        - `lens_strength` (0 is none; relative to the disk's mean surface brightness), `lens_radius` (radii): a plateau
-          with an edge.
-        - `bulge_to_total`, `bulge_radius` (radii), `bulge_sersic_index`.
-        - `inclination_deg` (0 is face-on), `position_angle_deg` (of the major axis).
-        - `lopsidedness`: 0 is symmetric; the disk reaches out further by this fraction on one side.
-        - `bar_strength` (0 is none; relative to the disk's mean surface brightness), `bar_length` (radii),
-          `bar_angle_deg` (from the major axis, in the disk).
-        - `spiral_arms`, `spiral_strength` (0 is none; relative to the disk), `pitch_angle_deg`,
-          `arm_length_deg` (angle about the centre, bar's end to arm's end), `winding` (1 or -1).
-        - `clumpiness`: of arms and ring, 0 is smooth.
-        - `ring_strength` (0 is none; relative to the disk's own light there), `ring_radius` (radii), `ring_width`
-          (standard deviation over ring radius), `ring_axis_ratio` (in the disk, along the bar), `gap_depth` (0 to 1).
-        - `psf_fwhm_px`: seeing in pixels.
-        - `sky_noise`, `noise_grain`: noise in display units at 424 pixels, and its correlation length (Gaussian
-          sigma) there in pixels.
-        - `neighbour_count`: stars and other galaxies in the frame.
+        The columns are those of `SimulatedGalaxies.parameters`, the index is the galaxy's number.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -228,7 +235,8 @@ def _examples(
         images = draw_galaxies(parameters, seed=seed, size=size)
         records = parameters.rename(columns={"ring": "label"}).to_dict(orient="records")
         for image, record in zip(images, records, strict=True):
-            yield {"image": {"bytes": _to_jpeg(image), "path": None}, **record}
+            values = {str(name): value for name, value in record.items()}
+            yield {"image": {"bytes": _to_jpeg(image), "path": None}, **values}
 
 
 def _to_jpeg(image: NDArray[np.uint8]) -> bytes:
@@ -256,7 +264,7 @@ def _one_galaxy(rng: np.random.Generator, ring_fraction: float) -> dict[str, flo
         **_bar_parameters(rng, has_ring),
         **_spiral_parameters(rng, lateness, has_ring),
         **_ring_parameters(rng, has_ring),
-        "neighbour_count": int(rng.poisson(_log_normal(rng, 22, 0.5))),
+        "neighbour_count": int(rng.poisson(_log_normal(rng, 24, 0.5))),
     }
 
 
@@ -265,7 +273,7 @@ def _log_normal(rng: np.random.Generator, median: float, scatter: float) -> floa
 
 
 def _frame_parameters(rng: np.random.Generator) -> dict[str, float]:
-    half_light_arcsec = _log_normal(rng, 4.0, 0.4)
+    half_light_arcsec = _log_normal(rng, 4.4, 0.4)
     # Galaxy Zoo DECaLS stops zooming in at 0.1 arcseconds a pixel: smaller galaxies are smaller in the frame.
     pixel_arcsec = max(half_light_arcsec / RADIUS_IN_SURVEY_FRAME, 0.1)
     return {
@@ -280,15 +288,15 @@ def _frame_parameters(rng: np.random.Generator) -> dict[str, float]:
 def _disk_parameters(rng: np.random.Generator, lateness: float) -> dict[str, float]:
     return {
         "disk_sersic_index": rng.uniform(0.5, 1.15),
-        "surface_brightness": _log_normal(rng, 210 - 140 * lateness, 0.55),
+        "surface_brightness": _log_normal(rng, 52 - 35 * lateness, 0.55),
         "young_fraction": float(np.clip(rng.normal(0.9 * lateness - 0.05, 0.15), 0, 1)),
-        "lens_strength": _log_normal(rng, 0.5, 0.5) if rng.random() < 0.35 else 0.0,
+        "lens_strength": _log_normal(rng, 0.7, 0.5) if rng.random() < 0.35 else 0.0,
         "lens_radius": rng.uniform(0.6, 1.4),
         "bulge_to_total": float(np.clip(rng.normal(0.36 - 0.33 * lateness, 0.12), 0.01, 0.7)),
         "bulge_radius": rng.uniform(0.08, 0.28),
         "bulge_sersic_index": rng.uniform(1.0, 3.0),
         # Random orientations are uniform in the cosine; the nearly edge-on ones show no ring to anyone.
-        "inclination_deg": math.degrees(math.acos(rng.uniform(0.42, 1.0))),
+        "inclination_deg": math.degrees(math.acos(rng.uniform(0.45, 1.0))),
         "position_angle_deg": rng.uniform(0, 180),
         "lopsidedness": abs(rng.normal(0, 0.03 + 0.1 * lateness)),
     }
@@ -297,7 +305,7 @@ def _disk_parameters(rng: np.random.Generator, lateness: float) -> dict[str, flo
 def _bar_parameters(rng: np.random.Generator, has_ring: int) -> dict[str, float]:
     has_bar = rng.random() < (0.6 if has_ring else 0.45)
     return {
-        "bar_strength": _log_normal(rng, 1.8, 0.6) if has_bar else 0.0,
+        "bar_strength": _log_normal(rng, 5.5, 0.6) if has_bar else 0.0,
         "bar_length": rng.uniform(0.4, 1.0),
         "bar_angle_deg": rng.uniform(0, 180),
     }
@@ -306,10 +314,10 @@ def _bar_parameters(rng: np.random.Generator, has_ring: int) -> dict[str, float]
 def _spiral_parameters(rng: np.random.Generator, lateness: float, has_ring: int) -> dict[str, float]:
     has_arms = rng.random() < (0.15 if has_ring else 0.45) + 0.4 * lateness
     # Two tightly wound arms nearly close: the sky's own imitation of a ring.
-    is_tight = rng.random() < 0.22
+    is_tight = rng.random() < 0.15
     return {
         "spiral_arms": 2 if is_tight else int(rng.choice([2, 3, 4], p=[0.7, 0.18, 0.12])),
-        "spiral_strength": _log_normal(rng, 0.9, 0.5) if has_arms else 0.0,
+        "spiral_strength": _log_normal(rng, 0.8, 0.5) if has_arms else 0.0,
         "pitch_angle_deg": rng.uniform(7, 12) if is_tight else rng.uniform(14, 32),
         "arm_length_deg": rng.uniform(150, 420),
         "winding": int(rng.choice([-1, 1])),
@@ -319,7 +327,7 @@ def _spiral_parameters(rng: np.random.Generator, lateness: float, has_ring: int)
 
 def _ring_parameters(rng: np.random.Generator, has_ring: int) -> dict[str, float]:
     return {
-        "ring_strength": has_ring * _log_normal(rng, 1.4, 0.5),
+        "ring_strength": has_ring * _log_normal(rng, 1.8, 0.45),
         "ring_radius": rng.uniform(1.1, 2.1),
         "ring_width": rng.uniform(0.08, 0.17),
         "ring_axis_ratio": rng.uniform(0.75, 1.0),
@@ -341,7 +349,7 @@ def _radians(parameters: pd.DataFrame, name: str) -> FloatArray:
 
 def _disk_coordinates(parameters: pd.DataFrame, size: int) -> tuple[FloatArray, FloatArray]:
     """Radius in half-light radii and angle from the major axis in radians, both measured in the plane of the disk."""
-    axis = np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)
+    axis = np.arange(size, dtype=np.float32) - (size - 1) / 2
     west, north = axis[None, None, :], -axis[None, :, None]
     position_angle = _radians(parameters, "position_angle_deg")
     sine, cosine = np.sin(position_angle), np.cos(position_angle)
@@ -365,7 +373,7 @@ def _sersic(radius: FloatArray, index: FloatArray) -> FloatArray:
     """
     scale = 2 * index - 1 / 3 + 4 / (405 * index) + 46 / (25515 * index**2)
     gamma = np.vectorize(math.gamma)(2 * index)
-    centre = scale ** (2 * index) / (2 * index * gamma) / 2
+    centre = scale ** (2 * index) / (index * gamma)
     # float32 throughout: double would take twice the time and not change a pixel.
     return np.exp(-scale * radius ** (1 / index)) * centre.astype(np.float32)
 
@@ -373,7 +381,7 @@ def _sersic(radius: FloatArray, index: FloatArray) -> FloatArray:
 def _disk_profile(radius: FloatArray, parameters: pd.DataFrame) -> FloatArray:
     """Sersic profile with a lens on it, relative to the mean surface brightness of the disk."""
     edge = 8 * (radius / _column(parameters, "lens_radius") - 1)
-    lens = 0.4 * _column(parameters, "lens_strength") / (1 + np.exp(np.minimum(edge, 30)))
+    lens = _column(parameters, "lens_strength") / (1 + np.exp(np.minimum(edge, 30)))
     return _sersic(radius, _column(parameters, "disk_sersic_index")) + lens
 
 
@@ -398,7 +406,7 @@ def _bulge(parameters: pd.DataFrame, size: int) -> FloatArray:
     flux_ratio = share / (1 - share) * disk_axis_ratio / bulge_axis_ratio
     brightness = _column(parameters, "surface_brightness") * flux_ratio / _column(parameters, "bulge_radius") ** 2
     # A steep bulge is cut at a fifth of its radius, as no camera resolves it further; the seeing hides the difference.
-    return brightness * _sersic(np.maximum(radius, np.float32(0.1)), _column(parameters, "bulge_sersic_index"))
+    return brightness * _sersic(np.maximum(radius, 0.1), _column(parameters, "bulge_sersic_index"))
 
 
 def _bar(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> FloatArray:
@@ -412,7 +420,7 @@ def _bar(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> Flo
 
 def _spiral_arms(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> FloatArray:
     """Brightness of logarithmic arms relative to the disk; they start where the bar ends and fade over a radian."""
-    from_bar = np.log(radius / _column(parameters, "bar_length") + np.float32(1e-3))
+    from_bar = np.log(radius / _column(parameters, "bar_length") + 1e-3)
     swept = from_bar / np.tan(_radians(parameters, "pitch_angle_deg"))
     turned = angle - _radians(parameters, "bar_angle_deg") - swept * _column(parameters, "winding")
     wave = np.cos(_column(parameters, "spiral_arms") * turned)
@@ -460,7 +468,7 @@ def _band_weights(g_minus_r: FloatArray, r_minus_z: FloatArray) -> FloatArray:
 
 def _mix_bands(old: FloatArray, young: FloatArray) -> FloatArray:
     old_weights, young_weights = (
-        _band_weights(np.float32(colours[0]), np.float32(colours[1]))[:, None, None]
+        _band_weights(np.array(colours[0]), np.array(colours[1]))[:, None, None]
         for colours in (OLD_COLOURS, YOUNG_COLOURS)
     )
     return old[:, None] * old_weights + young[:, None] * young_weights
@@ -480,12 +488,8 @@ def _seeing(parameters: pd.DataFrame, size: int) -> FloatArray:
     """Moffat profiles (beta 3) of sum 1 about pixel (0, 0), as a Fourier transform wants them."""
     offset = np.fft.fftfreq(size, 1 / size).astype(np.float32)
     squared = offset[:, None] ** 2 + offset[None, :] ** 2
-    profile = (1 + squared / _moffat_scale(_column(parameters, "psf_fwhm_px")) ** 2) ** -3
+    profile = (1 + squared / (MOFFAT_SCALE * _column(parameters, "psf_fwhm_px")) ** 2) ** -3
     return profile / profile.sum(axis=(1, 2), keepdims=True)
-
-
-def _moffat_scale(fwhm: FloatArray) -> FloatArray:
-    return fwhm / np.float32(2 * math.sqrt(2 ** (1 / 3) - 1))
 
 
 def _white_noise(parameters: pd.DataFrame, seed: int, size: int) -> FloatArray:
@@ -496,15 +500,17 @@ def _white_noise(parameters: pd.DataFrame, seed: int, size: int) -> FloatArray:
 def _grain(parameters: pd.DataFrame, size: int) -> FloatArray:
     """Filter in Fourier space that turns white noise of variance 1 into sky noise.
 
-    A coadd's noise is smooth over the camera's pixel. Drawn on a coarser grid it averages out: noise of correlation
-    length s keeps 1 / (4 pi s^2 + p^2) of its power in pixels of side p.
+    A coadd's noise is smooth over the camera's pixel. Drawn on a coarser grid it averages out: noise with an area of
+    correlation a keeps 1 / (a + p^2) of its power in pixels of side p.
     """
     pixel = SURVEY_SIZE / size
     grain = _column(parameters, "noise_grain")
     down, across = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]
     squared = (down**2 + across**2).astype(np.float32)
-    shape = np.exp(-2 * (np.pi * grain / np.float32(pixel)) ** 2 * squared)
-    area = 4 * np.pi * grain**2
+    shape = np.exp(-2 * (np.pi * grain / pixel) ** 2 * squared)
+    # Measured: survey images reduced from 424 to 128 pixels keep 0.4 of their noise. A Gaussian's area, 4 pi s^2, would
+    # leave 0.7 of it; sharp resampling leaves less on large scales.
+    area = 2 * grain**2
     level = _column(parameters, "sky_noise") * np.sqrt((area + 1) / (area + pixel**2))
     # The display averages three bands, which takes the square root of 3 from their noise.
     return (math.sqrt(3) * level / np.sqrt((shape**2).mean(axis=(1, 2), keepdims=True)) * shape).astype(np.float32)
@@ -517,14 +523,14 @@ def _add_neighbours(bands: FloatArray, parameters: pd.DataFrame, seed: int) -> N
     for image, (number, galaxy) in zip(bands, parameters.iterrows(), strict=True):
         rng = np.random.default_rng((seed, int(str(number)), SOURCE_STREAM))
         sources = _draw_sources(rng, int(galaxy["neighbour_count"]))
-        _stamp(image, sources, fwhm=galaxy["psf_fwhm_px"], reach=reach)
+        _stamp(image, sources, fwhm=float(galaxy["psf_fwhm_px"]), reach=reach)
 
 
 def _draw_sources(rng: np.random.Generator, count: int) -> dict[str, FloatArray]:
     """Values (count, 1, 1) of the neighbours: place in the frame, brightness, shape and band weights."""
     is_star = rng.random(count) < 0.4
     # Number counts rise as the inverse of the brightness; the cap keeps one star from filling the frame.
-    peak = np.minimum(2.0 / (1 - rng.random(count)), np.where(is_star, 3000, 100))
+    peak = np.minimum(3.0 / (1 - rng.random(count)), np.where(is_star, 3000, 100))
     g_minus_r = np.where(is_star, rng.uniform(0.3, 1.3, count), rng.normal(0.8, 0.2, count))
     # Stars and galaxies lie along nearly the same line in these two colours.
     weights = _band_weights(g_minus_r, 0.75 * g_minus_r + rng.normal(0, 0.08, count))
@@ -564,7 +570,7 @@ def _stamp(image: FloatArray, sources: dict[str, FloatArray], *, fwhm: float, re
 
 def _patch_profile(down: FloatArray, across: FloatArray, sources: dict[str, FloatArray], *, fwhm: float) -> FloatArray:
     """Elliptical Moffat profiles of peak 1, lowered so that they end at the border of the patch."""
-    star = _moffat_scale(np.float32(fwhm))
+    star = MOFFAT_SCALE * fwhm
     major = np.sqrt(star**2 + (sources["extent"] * star) ** 2)
     minor = np.sqrt(star**2 + (sources["extent"] * sources["axis_ratio"] * star) ** 2)
     sine, cosine = np.sin(sources["angle"]), np.cos(sources["angle"])
@@ -585,4 +591,6 @@ def _to_rgb(bands: FloatArray) -> NDArray[np.uint8]:
     greyed = mean + (bands - mean) * (FAINTEST_COLOUR + (1 - FAINTEST_COLOUR) * signal) + SKY_LEVEL
     # The stretch is pixel by pixel and astropy's takes one image: the chunk goes in as one tall image.
     z, r, g = np.moveaxis(greyed, 1, 0).reshape(3, count * size, size)
-    return make_lupton_rgb(z, r, g, stretch=STRETCH, Q=SOFTENING).reshape(count, size, size, 3)
+    with np.errstate(invalid="ignore"):  # it divides by the intensity before it masks the pixels where that is 0
+        rgb: NDArray[np.uint8] = make_lupton_rgb(z, r, g, stretch=STRETCH, Q=SOFTENING)
+    return rgb.reshape(count, size, size, 3)

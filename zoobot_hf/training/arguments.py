@@ -40,6 +40,8 @@ class _StageArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Pinning needs a device to copy to; without one PyTorch warns at every start of a loader.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         if not 0 <= self.zoom_range < 1:
             raise ValueError(f"zoom_range is {self.zoom_range}; give at least 0 and less than 1.")
         if not 0 <= self.max_shift < 1:

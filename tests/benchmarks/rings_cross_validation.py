@@ -1,0 +1,86 @@
+"""Five-fold cross-validated accuracy and ROC AUC of both stages on a ring catalog.
+
+    python tests/benchmarks/rings_cross_validation.py --encoder FOLDER_OR_ID --dataset CATALOG
+
+Each fold is the test split once; a fifth of the rest is the validation split that chooses epoch and stage.
+"""
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from datasets import DatasetDict
+from sklearn.metrics import accuracy_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+from transformers import set_seed
+
+from zoobot_hf import (
+    FrozenStageArguments,
+    UnfrozenStageArguments,
+    ZoobotForImageClassification,
+    finetune,
+    image_processor_for,
+    load_galaxy_dataset,
+    split_dataset,
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--label_column", default="ring")
+    parser.add_argument("--normalization", default="auto")
+    parser.add_argument("--zoom", type=float)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=42)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    galaxies = load_galaxy_dataset(options.dataset, label_column=options.label_column)
+    labels = np.asarray(galaxies["label"])
+    processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
+    folds = StratifiedKFold(options.folds, shuffle=True, random_state=options.seed).split(labels, labels)
+    scores = {}
+    for number, (rest, test) in enumerate(folds):
+        splits = split_dataset(
+            DatasetDict(train=galaxies.select(rest), test=galaxies.select(test)),
+            seed=options.seed,
+            validation_fraction=0.2,
+        )
+        set_seed(options.seed + number)
+        model = ZoobotForImageClassification.from_pretrained(
+            options.encoder, label_names=galaxies.features["label"].names
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            finetuned = finetune(
+                model,
+                processor,
+                splits,
+                Path(folder) / "run",
+                frozen=FrozenStageArguments(seed=options.seed, disable_tqdm=True),
+                unfrozen=UnfrozenStageArguments(seed=options.seed, disable_tqdm=True),
+            )
+        for stage in finetuned.stages:
+            logits = np.asarray(stage.test_logits)
+            row = (
+                accuracy_score(labels[test], logits.argmax(axis=1)),
+                roc_auc_score(labels[test], logits[:, 1] - logits[:, 0]),
+                stage.test["log_loss"],
+                stage.seconds,
+            )
+            scores.setdefault(stage.name, []).append(row)
+            print(f"fold {number} {stage.name:8} accuracy {row[0]:.3f} ROC AUC {row[1]:.3f}", flush=True)
+
+    print(f"\n{options.folds} folds of {len(labels)} galaxies: mean and its standard error")
+    print(f"{'stage':10}{'accuracy':>16}{'ROC AUC':>16}{'log loss':>16}{'seconds':>10}")
+    for name, rows in scores.items():
+        mean, error = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) / np.sqrt(len(rows))
+        cells = "".join(f"{m:8.3f} +- {e:.3f}" for m, e in zip(mean[:3], error[:3], strict=True))
+        print(f"{name:10}{cells}{mean[3]:10.0f}")
+
+
+if __name__ == "__main__":
+    main()
