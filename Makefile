@@ -26,7 +26,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python tests/benchmarks/rings_cross_validation.py $(BENCH)
+	$(BIN)/python tests/benchmarks/rings_cross_validation.py --encoder ../shared/encoders/mobilenetv2-in1k --dataset ../shared/data/rings
 
 clean:
 	rm -rf .venv demo demo-checkpoints
