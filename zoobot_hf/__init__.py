@@ -5,9 +5,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from .data.balance import BalancedSplit, balance_classes, measure_prevalence
 from .data.catalog import read_catalog, read_galaxies, write_catalog
 from .data.dataset import catalog_to_dataset, load_galaxy_dataset, split_dataset
-from .data.rings import load_rings
+from .data.rings import keep_featured_face_on, label_rings_by_votes, load_rings, load_rings_by_votes
 from .data.simulation import simulate_galaxies
-from .models.configuration_zoobot import ZoobotConfig
+from .models.configuration_zoobot import ZoobotConfig, small_encoder_config
 from .models.conversion import image_processor_for
 from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_zoobot import ZoobotForImageClassification, ZoobotModel
@@ -40,14 +40,18 @@ __all__ = [
     "catalog_to_dataset",
     "finetune",
     "image_processor_for",
+    "keep_featured_face_on",
+    "label_rings_by_votes",
     "load_galaxy_dataset",
     "load_rings",
+    "load_rings_by_votes",
     "measure_prevalence",
     "predict_galaxies",
     "push_folder",
     "read_catalog",
     "read_galaxies",
     "simulate_galaxies",
+    "small_encoder_config",
     "split_dataset",
     "write_catalog",
 ]

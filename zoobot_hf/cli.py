@@ -9,13 +9,13 @@ from typing import get_args
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from transformers import ConvNextConfig, set_seed
+from transformers import set_seed
 
 from .data.balance import Strategy
 from .data.catalog import read_galaxies, write_catalog
 from .data.dataset import load_galaxy_dataset, split_dataset
 from .data.rings import load_rings
-from .models.configuration_zoobot import HEAD_TYPES, ZoobotConfig
+from .models.configuration_zoobot import HEAD_TYPES, small_encoder_config
 from .models.conversion import NORMALIZATIONS, image_processor_for
 from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_zoobot import ZoobotForImageClassification
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
     tune.add_argument("--validation_fraction", type=float, default=0.2, help="(default: %(default)s)")
     tune.add_argument("--test_fraction", type=float, default=0.2, help="(default: %(default)s)")
-    tune.add_argument("--zoom", type=float, help="magnify the centre of each image by this (default: 2)")
+    tune.add_argument("--zoom", type=float, help="magnify the centre of each image by this (default: 1.4)")
     tune.add_argument(
         "--normalization",
         choices=NORMALIZATIONS,
@@ -102,7 +102,9 @@ def _demo(options: argparse.Namespace) -> int:
     _check_device(options.device)
     set_seed(options.seed)
     dataset = load_rings("simulated", seed=options.seed, count=DEMO_GALAXIES, size=DEMO_PIXELS)
-    model = ZoobotForImageClassification(_demo_config(dataset["train"].features["label"].names))
+    model = ZoobotForImageClassification(
+        small_encoder_config(dataset["train"].features["label"].names, pixels=DEMO_PIXELS)
+    )
     processor = ZoobotImageProcessor(DEMO_PIXELS)
     frozen, unfrozen = _stage_arguments(options)
     finetuned = finetune(
@@ -192,13 +194,6 @@ def _check_device(device: str) -> torch.device:
             "device is 'cuda', and this machine has no CUDA device that torch can use; choose cpu or auto."
         )
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _demo_config(label_names: list[str]) -> ZoobotConfig:
-    """A small ConvNeXt with new weights, until a trained encoder comes with the package."""
-    encoder = ConvNextConfig(hidden_sizes=[24, 48, 96, 192], depths=[1, 1, 3, 1], image_size=DEMO_PIXELS)
-    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
-    return ZoobotConfig(encoder, head_dropout=0.1, encoder_name="a small ConvNeXt, untrained", **labels)
 
 
 def _report(finetuned: Finetuned) -> None:
