@@ -1,0 +1,251 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from zoobot_hf import (
+    FrozenStageArguments,
+    UnfrozenStageArguments,
+    ZoobotForImageClassification,
+    catalog_to_dataset,
+    finetune,
+    read_catalog,
+    split_dataset,
+)
+from zoobot_hf.training import finetuning
+from zoobot_hf.training.trainer import FrozenStageTrainer, UnfrozenStageTrainer
+
+SETTINGS = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+class KillAt(TrainerCallback):
+    """Ends the process, as far as a test can, in the middle of an epoch."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KilledError
+
+
+@pytest.fixture
+def rings(galaxy_folder):
+    catalog = read_catalog(galaxy_folder / "catalog.csv")
+    return split_dataset(catalog_to_dataset(catalog, label_column="ring"), seed=0, validation_fraction=0.2)
+
+
+@pytest.fixture
+def run(layer_norm_model, processor, rings, tmp_path):
+    """A finetuning run of a copy of the same model, into tmp_path / name."""
+
+    def start(name, **options):
+        model = copy.deepcopy(layer_norm_model)
+        settings = {
+            "frozen": FrozenStageArguments(**SETTINGS),
+            "unfrozen": UnfrozenStageArguments(**SETTINGS, learning_rate=1e-2),
+        }
+        return finetune(model, processor, options.pop("dataset", rings), tmp_path / name, **{**settings, **options})
+
+    return start
+
+
+def test_the_output_folder_is_ready_for_the_hub(run, rings, tmp_path):
+    finetuned = run("out", dataset_name="drawn galaxies")
+    folder = tmp_path / "out"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "README.md",
+        "metrics.json",
+        "predictions.parquet",
+        "figures/training_curves.png",
+        "figures/confusion.png",
+        "figures/most_wrong.png",
+    }
+    metrics = json.loads((folder / "metrics.json").read_text())
+    names = {"accuracy", "balanced_accuracy", "completeness", "purity", "f1", "roc_auc", "average_precision"}
+    assert names | {"log_loss", "confusion", "validation_loss"} == set(metrics["frozen"]) == set(metrics["unfrozen"])
+    assert metrics["kept_stage"] == finetuned.kept_stage
+    table = pd.read_parquet(folder / "predictions.parquet")
+    assert table["id_str"].tolist() == rings["test"]["id_str"][:]
+    assert table["label"].tolist() == [("not ring", "ring")[label] for label in rings["test"]["label"]]
+    right = (table["label"] == table["predicted_label"]).mean()
+    assert metrics[finetuned.kept_stage]["accuracy"] == pytest.approx(right)
+    assert str(tmp_path) not in (folder / "config.json").read_text() + (folder / "README.md").read_text()
+
+
+def test_the_saved_model_gives_the_table_again(run, rings, processor, tmp_path):
+    run("out")
+    model = ZoobotForImageClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.inference_mode():
+        probabilities = model(**processor(rings["test"]["image"][:])).logits.softmax(-1)
+    table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    expected = torch.tensor(table[["probability_not_ring", "probability_ring"]].to_numpy())
+    assert torch.allclose(probabilities, expected, atol=1e-5)
+
+
+def test_the_stage_with_the_lower_validation_loss_is_kept(run, caplog):
+    caplog.set_level("INFO")
+    # A rate at which the unfrozen stage can only do harm.
+    spoiled = run("spoiled", unfrozen=UnfrozenStageArguments(**SETTINGS, learning_rate=10.0, max_grad_norm=1e9))
+    frozen, unfrozen = spoiled.stages
+    assert unfrozen.validation_loss > frozen.validation_loss
+    assert spoiled.kept_stage == "frozen"
+    assert "The frozen stage is kept" in caplog.text
+
+
+def test_the_weights_are_those_of_the_stage_that_was_kept(run, tmp_path):
+    finetuned = run("out")
+    best = load_file(tmp_path / "out-checkpoints" / finetuned.kept_stage / "best" / "model.safetensors")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(best[name], saved[name]) for name in saved)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in finetuned.model.state_dict().items())
+
+
+def test_only_the_frozen_stage_runs_where_the_other_is_skipped(run, layer_norm_model):
+    finetuned = run("out", skip_unfrozen=True)
+    assert [stage.name for stage in finetuned.stages] == ["frozen"]
+    before, after = layer_norm_model.encoder.state_dict(), finetuned.model.encoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("stage", "step"), [("frozen", 2), ("frozen", 7), ("unfrozen", 1), ("unfrozen", 7)])
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(stage, step, run, tmp_path, monkeypatch):
+    unbroken = run("unbroken")
+    trainer_class = {"frozen": FrozenStageTrainer, "unfrozen": UnfrozenStageTrainer}[stage]
+    original = trainer_class.__init__
+
+    def killed(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(KillAt(step))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_class, "__init__", killed)
+        with pytest.raises(KilledError):
+            run("broken")
+    resumed = run("broken", resume=True)
+    for one, other in zip(unbroken.stages, resumed.stages, strict=True):
+        assert one.test_logits == other.test_logits
+        assert one.validation_loss == other.validation_loss
+    weights = resumed.model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in unbroken.model.state_dict().items())
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    whole, half = tmp_path / "checkpoint-4", tmp_path / "checkpoint-8"
+    for folder in (whole, half):
+        folder.mkdir()
+    (whole / "trainer_state.json").touch()
+    assert finetuning._last_whole_checkpoint(tmp_path) == str(whole)
+    assert not half.exists()
+
+
+def test_a_finished_run_is_not_run_again_by_resume(run, monkeypatch):
+    first = run("out")
+    monkeypatch.setattr(FrozenStageTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert run("out", resume=True).kept_stage == first.kept_stage
+
+
+def test_an_output_folder_that_holds_a_run_is_refused(run, tmp_path):
+    run("out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"already holds a run; .*--resume.*--overwrite"):
+        run("out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_overwrite_starts_anew(run, tmp_path):
+    run("out")
+    (tmp_path / "out" / "stray.txt").touch()
+    run("out", overwrite=True, skip_unfrozen=True)
+    assert not (tmp_path / "out" / "stray.txt").exists()
+    assert "unfrozen" not in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+def test_resuming_with_other_arguments_is_refused_by_name(run):
+    run("out")
+    with pytest.raises(ValueError, match="had another FrozenStageArguments"):
+        run("out", resume=True, frozen=FrozenStageArguments(**SETTINGS, learning_rate=0.5))
+
+
+def test_resuming_with_other_galaxies_is_refused(run, rings):
+    run("out")
+    with pytest.raises(ValueError, match="had another dataset"):
+        run("out", resume=True, dataset=type(rings)({**rings, "train": rings["train"].select(range(20))}))
+
+
+def test_balancing_records_both_prevalences(run, rings, tmp_path):
+    labels = rings["train"]["label"][:]
+    keep = [index for index, label in enumerate(labels) if label == 0] + [labels.index(1), len(labels) - 1]
+    few = type(rings)({**rings, "train": rings["train"].select(sorted(set(keep)))})
+    shares = [few["train"]["label"][:].count(label) / len(few["train"]) for label in (0, 1)]
+    run("out", dataset=few, balance="oversample", skip_unfrozen=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["sky_prevalence"] == pytest.approx({"not ring": shares[0], "ring": shares[1]})
+    assert config["training_prevalence"] == {"not ring": 0.5, "ring": 0.5}
+
+
+def test_an_unreadable_image_stops_before_training_and_is_named(run, rings, tmp_path):
+    path = rings["train"].cast_column("image", rings["train"].features["image"].__class__(decode=False))[3]["image"][
+        "path"
+    ]
+    Path(path).write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=f"1 of {len(rings['train'])} images can't be read: .*{Path(path).name}"):
+        run("out")
+    assert not (tmp_path / "out").exists()
+
+
+SCRIPT = """
+import sys
+from accelerate import PartialState
+from safetensors.torch import save_file
+from zoobot_hf import *
+
+folder, model, output = sys.argv[1:]
+settings = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+rings = split_dataset(
+    catalog_to_dataset(read_catalog(folder + "/catalog.csv"), label_column="ring"), seed=0, test_fraction=0.225
+)
+finetuned = finetune(
+    ZoobotForImageClassification.from_pretrained(model),
+    ZoobotImageProcessor.from_pretrained(model),
+    rings,
+    output,
+    frozen=FrozenStageArguments(**settings),
+    unfrozen=UnfrozenStageArguments(**settings, learning_rate=1e-2),
+)
+save_file(finetuned.model.state_dict(), f"{output}-rank-{PartialState().process_index}.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_and_predict_each_galaxy_once(layer_norm_model, processor, galaxy_folder, tmp_path):
+    layer_norm_model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    arguments = [str(path) for path in (script, galaxy_folder, tmp_path / "model", tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(f"{tmp_path}/out-rank-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert len(table) == 9  # which two processes do not divide
+    assert table["id_str"].is_unique

@@ -1,0 +1,229 @@
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from transformers import TrainerCallback
+from transformers.models.convnext.modeling_convnext import ConvNextLayer
+
+from zoobot_hf import FrozenStageArguments, FrozenStageTrainer, UnfrozenStageArguments, UnfrozenStageTrainer
+from zoobot_hf.evaluation.metrics import metrics_for_trainer
+from zoobot_hf.training.trainer import GalaxyCollator, layer_decay_groups
+
+
+@pytest.fixture
+def galaxies(galaxy_images, galaxy_labels):
+    features = Features({"id_str": Value("string"), "image": Image(), "label": ClassLabel(names=["not ring", "ring"])})
+    columns = {
+        "id_str": [f"galaxy_{index:02d}" for index in range(len(galaxy_images))],
+        "image": galaxy_images,
+        "label": list(galaxy_labels),
+    }
+    return Dataset.from_dict(columns, features=features)
+
+
+def state_of(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def train(trainer_class, model, arguments, galaxies, processor):
+    trainer = trainer_class(
+        model,
+        arguments,
+        processing_class=processor,
+        train_dataset=galaxies.select(range(24)),
+        eval_dataset=galaxies.select(range(24, 40)),
+        compute_metrics=metrics_for_trainer("single_label_classification"),
+    )
+    trainer.train()
+    return trainer
+
+
+def frozen_arguments(folder, **changes):
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+    return FrozenStageArguments(output_dir=str(folder), **{**settings, **changes})
+
+
+def unfrozen_arguments(folder, **changes):
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+    return UnfrozenStageArguments(output_dir=str(folder), **{**settings, **changes})
+
+
+@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model"])
+def test_the_frozen_stage_moves_the_head_and_not_a_bit_of_the_encoder(name, request, galaxies, processor, tmp_path):
+    model = request.getfixturevalue(name)
+    encoder, head = state_of(model.encoder), state_of(model.head)
+    train(FrozenStageTrainer, model, frozen_arguments(tmp_path), galaxies, processor)
+    assert moved(encoder, model.encoder.state_dict()) == set()
+    assert moved(head, model.head.state_dict()) == set(head)
+
+
+@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model"])
+def test_the_unfrozen_stage_moves_every_weight_and_no_statistics(name, request, galaxies, processor, tmp_path):
+    model = request.getfixturevalue(name)
+    before = state_of(model)
+    arguments = unfrozen_arguments(tmp_path, learning_rate=1e-2, load_best_model_at_end=False)
+    train(UnfrozenStageTrainer, model, arguments, galaxies, processor)
+    weights = {name for name, _ in model.named_parameters()}
+    assert moved(before, model.state_dict()) == weights
+
+
+@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model"])
+def test_with_last_blocks_only_the_head_and_these_blocks_move(name, request, galaxies, processor, tmp_path):
+    model = request.getfixturevalue(name)
+    before = state_of(model)
+    arguments = unfrozen_arguments(tmp_path, learning_rate=1e-2, last_blocks=1, load_best_model_at_end=False)
+    train(UnfrozenStageTrainer, model, arguments, galaxies, processor)
+    last_block = {f"zoobot.encoder.{name}" for name in model.encoder_blocks()[-1]}
+    head = {f"head.{name}" for name, _ in model.head.named_parameters()}
+    assert moved(before, model.state_dict()) == last_block | head
+
+
+def test_batch_norm_statistics_move_when_they_are_not_kept(batch_norm_model, galaxies, processor, tmp_path):
+    before = state_of(batch_norm_model)
+    arguments = unfrozen_arguments(tmp_path, keep_batch_norm_statistics=False, load_best_model_at_end=False)
+    train(UnfrozenStageTrainer, batch_norm_model, arguments, galaxies, processor)
+    names = moved(before, batch_norm_model.state_dict())
+    assert any(name.endswith("running_mean") for name in names)
+
+
+def test_the_frozen_stage_learns_to_tell_drawn_rings(layer_norm_model, galaxies, processor, tmp_path):
+    arguments = frozen_arguments(tmp_path, num_train_epochs=30, learning_rate=3e-2, early_stopping_patience=None)
+    trainer = train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    losses = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert min(losses) < 0.8 * losses[0]
+
+
+def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(layer_norm_model, galaxies, processor, tmp_path):
+    # A rate so high that later epochs are worse than earlier ones.
+    arguments = frozen_arguments(tmp_path, num_train_epochs=5, learning_rate=5.0)
+    trainer = train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    losses = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_early_stopping_ends_the_stage(layer_norm_model, galaxies, processor, tmp_path):
+    arguments = frozen_arguments(tmp_path, num_train_epochs=50, learning_rate=5.0, early_stopping_patience=2)
+    trainer = train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    assert trainer.state.epoch < 50
+
+
+def test_evaluation_sees_the_plain_centre_without_augmentation(layer_norm_model, galaxies, processor, tmp_path):
+    trainer = FrozenStageTrainer(layer_norm_model, frozen_arguments(tmp_path), processing_class=processor)
+    logits = trainer.predict(galaxies).predictions
+    with torch.inference_mode():
+        expected = layer_norm_model.eval()(**processor(galaxies["image"][:])).logits
+    assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-6)
+
+
+def test_training_images_differ_from_epoch_to_epoch(layer_norm_model, galaxies, processor, tmp_path, monkeypatch):
+    seen = []
+    original = layer_norm_model.forward
+
+    def remember(pixel_values=None, **inputs):
+        if layer_norm_model.training:
+            seen.append(pixel_values)
+        return original(pixel_values=pixel_values, **inputs)
+
+    monkeypatch.setattr(layer_norm_model, "forward", remember)
+    arguments = frozen_arguments(tmp_path, per_device_train_batch_size=24, train_sampling_strategy="sequential")
+    train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    first, second = seen
+    assert first.shape == second.shape == (24, 3, processor.pixels, processor.pixels)
+    assert 0 <= first.min() < first.max() <= 1
+    assert not torch.equal(first, second)
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees(layer_norm_model, galaxies, processor, tmp_path):
+    arguments = frozen_arguments(tmp_path, augment=False)
+    trainer = FrozenStageTrainer(
+        layer_norm_model, arguments, processing_class=processor, train_dataset=galaxies.select(range(8))
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["pixel_values"].dtype == torch.float32
+
+
+def test_learning_rates_fall_from_block_to_block_and_the_head_has_weight_decay(layer_norm_model):
+    groups = layer_decay_groups(layer_norm_model, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    parameters = dict(layer_norm_model.named_parameters())
+    assert set(rate) == {id(p) for p in parameters.values()}
+    blocks = layer_norm_model.encoder_blocks()
+    for index, names in enumerate(reversed(blocks)):
+        assert {rate[id(parameters[f"zoobot.encoder.{name}"])] for name in names} == {0.5**index}
+    for name, parameter in layer_norm_model.head.named_parameters():
+        assert rate[id(parameter)] == 1.0
+        assert decay[id(parameter)] == (0.1 if name.endswith("weight") else 0.0)
+
+
+def test_frozen_parameters_are_in_no_group(layer_norm_model):
+    layer_norm_model.unfreeze_encoder(1)
+    groups = layer_decay_groups(layer_norm_model, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+    assert all(parameter.requires_grad for group in groups for parameter in group["params"])
+
+
+def test_stochastic_depth_is_off_in_frozen_blocks_and_on_in_trained_ones(layer_norm_model):
+    layer_norm_model.unfreeze_encoder(1)
+    layer_norm_model.train()
+    modes = [module.training for module in layer_norm_model.modules() if isinstance(module, ConvNextLayer)]
+    assert modes == [False] * (len(modes) - 1) + [True]
+
+
+def test_other_labels_are_refused_by_name(layer_norm_model, galaxies, processor, tmp_path):
+    other = galaxies.cast_column("label", ClassLabel(names=["smooth", "featured"]))
+    with pytest.raises(ValueError, match=r"labels smooth, featured; the model .*label_names"):
+        FrozenStageTrainer(
+            layer_norm_model, frozen_arguments(tmp_path), processing_class=processor, train_dataset=other
+        )
+
+
+def test_a_dataset_without_labels_is_refused(layer_norm_model, galaxies, processor, tmp_path):
+    with pytest.raises(ValueError, match="no column label; it has id_str, image"):
+        FrozenStageTrainer(
+            layer_norm_model,
+            frozen_arguments(tmp_path),
+            processing_class=processor,
+            train_dataset=galaxies.remove_columns("label"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"zoom_range": 1.0}, "zoom_range is 1.0"), ({"max_shift": -0.1}, "max_shift is -0.1")],
+)
+def test_arguments_out_of_range_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        frozen_arguments(tmp_path, **changes)
+
+
+def test_a_layer_decay_above_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"layer_decay is 1\.5"):
+        unfrozen_arguments(tmp_path, layer_decay=1.5)
+
+
+def test_the_collator_leaves_labels_out_where_there_are_none(galaxies, processor):
+    batch = GalaxyCollator(processor)([galaxies.remove_columns("label")[0]])
+    assert set(batch) == {"pixel_values"}
+
+
+def test_what_is_logged_reaches_a_tracker(layer_norm_model, galaxies, processor, tmp_path):
+    logged = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(logs)
+
+    trainer = FrozenStageTrainer(
+        layer_norm_model,
+        frozen_arguments(tmp_path, num_train_epochs=1),
+        processing_class=processor,
+        train_dataset=galaxies,
+        eval_dataset=galaxies,
+        compute_metrics=metrics_for_trainer("single_label_classification"),
+        callbacks=[Tracker()],
+    )
+    trainer.train()
+    assert {"eval_loss", "eval_accuracy", "eval_roc_auc", "eval_completeness", "eval_purity"} <= set().union(*logged)
