@@ -26,6 +26,7 @@ from zoobot_hf import (
     load_rings_by_votes,
     push_folder,
     small_encoder_config,
+    unfrozen_arguments_from_scratch,
 )
 from zoobot_hf.data.rings import FACE_ON_COLUMN, FEATURED_COLUMN
 
@@ -78,9 +79,16 @@ def main() -> None:
     if options.encoder:
         model = ZoobotForImageClassification.from_pretrained(options.encoder, label_names=labels)
         processor = image_processor_for(options.encoder)
+        unfrozen = UnfrozenStageArguments(
+            num_train_epochs=options.unfrozen_epochs,
+            last_blocks=options.last_blocks,
+            layer_decay=options.layer_decay,
+            seed=options.seed,
+        )
     else:
         model = ZoobotForImageClassification(small_encoder_config(labels))
-        processor = ZoobotImageProcessor(96)
+        processor = ZoobotImageProcessor(96, zoom=1.4)
+        unfrozen = unfrozen_arguments_from_scratch(num_train_epochs=options.unfrozen_epochs, seed=options.seed)
 
     finetuned = finetune(
         model,
@@ -88,12 +96,7 @@ def main() -> None:
         rings,
         options.output_dir,
         frozen=FrozenStageArguments(num_train_epochs=options.frozen_epochs, seed=options.seed),
-        unfrozen=UnfrozenStageArguments(
-            num_train_epochs=options.unfrozen_epochs,
-            last_blocks=options.last_blocks,
-            layer_decay=options.layer_decay,
-            seed=options.seed,
-        ),
+        unfrozen=unfrozen,
         balance=options.balance,
         resume=options.resume,
         dataset_name=options.dataset,

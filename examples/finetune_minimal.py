@@ -48,7 +48,7 @@ def main() -> None:
         processor = image_processor_for(options.encoder)
     else:
         model = ZoobotForImageClassification(small_encoder_config(labels))
-        processor = ZoobotImageProcessor(96)
+        processor = ZoobotImageProcessor(96, zoom=1.4)
 
     # 2. Train only the new head; the encoder stays frozen.
     finetuned = finetune(

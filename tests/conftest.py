@@ -5,6 +5,7 @@ temporary folder. Only `pytest -m network` leaves the real Hub and the network a
 """
 
 import contextlib
+import copy
 import itertools
 import os
 import re
@@ -228,3 +229,46 @@ def shared_galaxy_folder(tmp_path_factory, drawn_galaxies, galaxy_labels):
 def galaxy_folder(shared_galaxy_folder, tmp_path):
     """The drawn galaxies on disk: catalog.csv (id_str, file_loc, ring) and images/galaxy_00.png to _39.png."""
     return shutil.copytree(shared_galaxy_folder, tmp_path / "galaxies")
+
+
+# Models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_models():
+    """A tiny model for each kind of encoder, made once; tests get copies from the fixtures below."""
+    from tiny_models import ENCODERS, tiny_model
+
+    return {name: tiny_model(name) for name in ENCODERS}
+
+
+@pytest.fixture
+def layer_norm_model(tiny_models):
+    """A ConvNeXt: LayerNorm, stochastic depth."""
+    return copy.deepcopy(tiny_models["layer_norm"])
+
+
+@pytest.fixture
+def batch_norm_model(tiny_models):
+    """A ResNet: BatchNorm, whose running statistics are buffers."""
+    return copy.deepcopy(tiny_models["batch_norm"])
+
+
+@pytest.fixture
+def vit_model(tiny_models):
+    """A vision transformer."""
+    return copy.deepcopy(tiny_models["vit"])
+
+
+@pytest.fixture
+def timm_model(tiny_models):
+    """An EfficientNet through timm: BatchNorm."""
+    return copy.deepcopy(tiny_models["timm"])
+
+
+@pytest.fixture
+def processor():
+    """The tiny models' image processor."""
+    from zoobot_hf import ZoobotImageProcessor
+
+    return ZoobotImageProcessor(32)

@@ -13,7 +13,7 @@ from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_zoobot import ZoobotForImageClassification, ZoobotModel
 from .prediction.survey import Predictions, predict_galaxies
 from .publishing.hub import push_folder
-from .training.arguments import FrozenStageArguments, UnfrozenStageArguments
+from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
 from .training.finetuning import Finetuned, finetune
 from .training.trainer import FrozenStageTrainer, UnfrozenStageTrainer
 
@@ -53,5 +53,6 @@ __all__ = [
     "simulate_galaxies",
     "small_encoder_config",
     "split_dataset",
+    "unfrozen_arguments_from_scratch",
     "write_catalog",
 ]

@@ -2,30 +2,38 @@
 
 import argparse
 import logging
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
+from huggingface_hub import get_token
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
 from transformers import set_seed
 
 from .data.balance import Strategy
-from .data.catalog import read_galaxies, write_catalog
+from .data.catalog import check_catalog_can_be_written, find_catalog, read_galaxies, write_catalog
 from .data.dataset import load_galaxy_dataset, split_dataset
 from .data.rings import load_rings
-from .models.configuration_zoobot import HEAD_TYPES, small_encoder_config
-from .models.conversion import NORMALIZATIONS, image_processor_for
+from .models.configuration_zoobot import HEAD_TYPES, ZoobotConfig, small_encoder_config
+from .models.conversion import DEFAULT_ZOOM, NORMALIZATIONS, image_processor_for, local_copy, read_configuration
 from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_zoobot import ZoobotForImageClassification
 from .prediction.survey import predict_galaxies
-from .publishing.hub import push_folder
-from .training.arguments import FrozenStageArguments, UnfrozenStageArguments
+from .publishing.hub import TOKEN_ADVICE, HubPushError, push_folder
+from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
 from .training.finetuning import Finetuned, finetune
 
 DEMO_GALAXIES = 1500
+DRAWN_PIXELS = 128
 DEMO_PIXELS = 96
+# numpy, which seeds the splits and the augmentation, takes no more.
+LARGEST_SEED = 2**32 - 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,74 +47,165 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         return int(options.command(options))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         if options.debug:
             raise
-        print(f"zoobot-hf: {error}", file=sys.stderr)
+        _complain(_in_one_line(error))
         return 1
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        advice = "; go on with --resume" if options.command is _finetune else ""
+        _complain(f"interrupted{advice}")
+        return 130  # what shells give for SIGINT
+
+
+def _complain(message: str) -> None:
+    # Not print: the message would end up on the line of a progress bar that was left half way.
+    tqdm.write(f"zoobot-hf: {message}", file=sys.stderr)
+
+
+def _in_one_line(error: Exception) -> str:
+    # Libraries below spread some of their messages over several lines, and a few have none.
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, SafetensorError):  # says neither what it read nor what to do
+        return f"the model's weights, model.safetensors, are damaged ({message}); copy or download them again."
+    return message
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; argparse's own repeat every option before they say what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _number(
+    kind: type[int] | type[float], at_least: float = -math.inf, *, above: float = -math.inf, at_most: float = math.inf
+) -> Callable[[str], float]:
+    """A function that reads an option's number and refuses one out of range; NaN and infinity always are."""
+    limits = {"at least": at_least, "above": above, "at most": at_most}
+    wanted = " and ".join(f"{name} {limit:.0f}" for name, limit in limits.items() if math.isfinite(limit))
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not (at_least <= number <= at_most and above < number < math.inf):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"it is {text!r}; give {noun} {wanted}")
+        return number
+
+    return read
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="zoobot-hf", description="Finetune a galaxy encoder, publish it, predict a survey."
-    )
+    parser = _Parser(prog="zoobot-hf", description="Finetune a galaxy encoder, publish it, predict a survey.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="finetune an encoder to drawn ring galaxies, with no network")
-    demo.add_argument("--output_dir", default="demo", type=Path, help="where the results go (default: %(default)s)")
-    demo.set_defaults(command=_demo)
-
-    tune = commands.add_parser("finetune", help="train a new head on an encoder, then both")
-    tune.add_argument("--encoder", required=True, help="folder or Hub id of an encoder or a finetuned model")
-    tune.add_argument("--dataset", required=True, help="catalog, folder, Hub id, or 'simulated' for drawn rings")
-    tune.add_argument("--label_column", default="label", help="column with the labels (default: %(default)s)")
-    tune.add_argument("--configuration", help="configuration of a Hub dataset")
-    tune.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
-    tune.add_argument("--validation_fraction", type=float, default=0.2, help="(default: %(default)s)")
-    tune.add_argument("--test_fraction", type=float, default=0.2, help="(default: %(default)s)")
-    tune.add_argument("--zoom", type=float, help="magnify the centre of each image by this (default: 1.4)")
-    tune.add_argument(
-        "--normalization",
-        choices=NORMALIZATIONS,
-        default="auto",
-        help="'encoder' applies the mean and standard deviation that the encoder's repository states; 'none' gives "
-        "RGB in 0-1, as Galaxy Zoo's encoders take it (default: %(default)s)",
-    )
-    tune.add_argument("--head_type", choices=HEAD_TYPES, default="linear", help="(default: %(default)s)")
-    tune.add_argument("--balance", choices=get_args(Strategy), help="balance the classes of the training split")
-    tune.add_argument("--frozen_epochs", type=float, help="most epochs with the encoder frozen")
-    tune.add_argument("--unfrozen_epochs", type=float, help="most epochs after that; 0 leaves the stage out")
-    tune.add_argument("--last_blocks", type=int, help="unfreeze only this many of the encoder's last blocks")
-    tune.add_argument("--push_to_hub", metavar="USER/NAME", help="push the finetuned model to this repository")
-    tune.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
-    tune.add_argument("--overwrite", action="store_true", help="delete the run in output_dir and start anew")
-    tune.set_defaults(command=_finetune)
-
-    predict = commands.add_parser("predict", help="write a table of predictions for a catalog or a folder of images")
-    predict.add_argument("--model", required=True, help="folder or Hub id of a finetuned model")
-    predict.add_argument("--images", required=True, help="catalog, or folder with a catalog or images")
-    predict.add_argument("--output", required=True, type=Path, help="the table: .csv, .parquet, .fits, .vot or .ecsv")
-    predict.add_argument("--batch_size", type=int, default=32, help="(default: %(default)s)")
-    predict.set_defaults(command=_predict)
-
+    demo = _add_command(commands, "demo", help="finetune an encoder to drawn ring galaxies, with no network")
+    _add_demo_options(demo)
+    tune = _add_command(commands, "finetune", help="train a new head on an encoder, then both")
+    _add_finetune_options(tune)
+    predict = _add_command(commands, "predict", help="write a table of predictions for a catalog or a folder of images")
+    _add_predict_options(predict)
     for command in (demo, tune):
-        command.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
-    tune.add_argument("--output_dir", required=True, type=Path, help="where model, card, table and figures go")
+        command.add_argument(
+            "--seed", type=_number(int, 0, at_most=LARGEST_SEED), default=42, help="(default: %(default)s)"
+        )
     for command in (demo, tune, predict):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
         command.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
 
 
+def _add_command(commands: Any, name: str, *, help: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    return command
+
+
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument("--output_dir", default="demo", type=Path, help="where the results go (default: %(default)s)")
+    demo.set_defaults(command=_demo)
+
+
+def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
+    tune.add_argument("--encoder", required=True, help="folder or Hub id of an encoder or a finetuned model")
+    tune.add_argument("--dataset", required=True, help="catalog, folder, Hub id, or 'simulated' for drawn rings")
+    tune.add_argument("--output_dir", required=True, type=Path, help="where model, card, table and figures go")
+    tune.add_argument("--label_column", default="label", help="column with the labels (default: %(default)s)")
+    tune.add_argument("--configuration", help="configuration of a Hub dataset")
+    tune.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
+    for split in ("validation", "test"):
+        tune.add_argument(
+            f"--{split}_fraction",
+            type=float,
+            default=0.2,
+            help=f"share of the galaxies in the {split} split, unless the dataset has one (default: %(default)s)",
+        )
+    tune.add_argument("--balance", choices=get_args(Strategy), help="balance the classes of the training split")
+    tune.add_argument(
+        "--zoom",
+        type=_number(float, 1),
+        help=f"magnify the centre of each image by this (default: {DEFAULT_ZOOM}, or the finetuned model's own)",
+    )
+    tune.add_argument(
+        "--normalization",
+        choices=NORMALIZATIONS,
+        default="auto",
+        help="'encoder' applies the mean and standard deviation that the encoder's repository states; 'none' gives "
+        "RGB in 0-1, as Galaxy Zoo's encoders take it; 'auto' is 'none' for encoders in timm's layout and 'encoder' "
+        "for others that state them (default: %(default)s)",
+    )
+    _add_training_options(tune)
+    tune.set_defaults(command=_finetune)
+
+
+def _add_training_options(tune: argparse.ArgumentParser) -> None:
+    tune.add_argument("--head_type", choices=HEAD_TYPES, default="linear", help="(default: %(default)s)")
+    tune.add_argument(
+        "--frozen_epochs",
+        type=_number(float, above=0),
+        help=f"most epochs with the encoder frozen (default: {FrozenStageArguments.num_train_epochs})",
+    )
+    tune.add_argument(
+        "--unfrozen_epochs",
+        type=_number(float, 0),
+        help=f"most epochs after that; 0 leaves the stage out (default: {UnfrozenStageArguments.num_train_epochs})",
+    )
+    tune.add_argument(
+        "--last_blocks",
+        type=_number(int, 1),
+        help="unfreeze only this many of the encoder's last blocks (default: all)",
+    )
+    tune.add_argument("--push_to_hub", metavar="USER/NAME", help="push the finetuned model to this repository")
+    earlier_run = tune.add_mutually_exclusive_group()
+    earlier_run.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
+    earlier_run.add_argument("--overwrite", action="store_true", help="delete the run in output_dir and start anew")
+
+
+def _add_predict_options(predict: argparse.ArgumentParser) -> None:
+    predict.add_argument("--model", required=True, help="folder or Hub id of a finetuned model")
+    predict.add_argument("--images", required=True, help="catalog, or folder with a catalog or images")
+    predict.add_argument("--output", required=True, type=Path, help="the table: .csv, .parquet, .fits, .vot or .ecsv")
+    predict.add_argument(
+        "--batch_size",
+        type=_number(int, 1),
+        default=32,
+        help="galaxies that the encoder sees at once (default: %(default)s)",
+    )
+    predict.set_defaults(command=_predict)
+
+
 def _demo(options: argparse.Namespace) -> int:
     _check_device(options.device)
     set_seed(options.seed)
-    dataset = load_rings("simulated", seed=options.seed, count=DEMO_GALAXIES, size=DEMO_PIXELS)
-    model = ZoobotForImageClassification(
-        small_encoder_config(dataset["train"].features["label"].names, pixels=DEMO_PIXELS)
-    )
-    processor = ZoobotImageProcessor(DEMO_PIXELS)
-    frozen, unfrozen = _stage_arguments(options)
+    dataset = load_rings("simulated", seed=options.seed, count=DEMO_GALAXIES, size=DRAWN_PIXELS)
+    # Until a trained encoder comes with the package, the demo's is new, and the unfrozen stage trains it from scratch.
+    model = ZoobotForImageClassification(small_encoder_config(dataset["train"].features["label"].names))
+    processor = ZoobotImageProcessor(DEMO_PIXELS, zoom=DEFAULT_ZOOM)
+    frozen, _ = _stage_arguments(options)
+    unfrozen = unfrozen_arguments_from_scratch(seed=options.seed, use_cpu=options.device == "cpu")
     finetuned = finetune(
         model,
         processor,
@@ -123,6 +222,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     _check_device(options.device)
+    if options.push_to_hub and get_token() is None:
+        raise HubPushError(f"No token for the Hub to push with: {TOKEN_ADVICE}.")
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
     dataset = split_dataset(_load(options), seed=options.seed, **fractions)
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
@@ -158,18 +259,38 @@ def _finetune(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     device = _check_device(options.device)
+    failures_path = options.output.with_name(f"{options.output.stem}-failures.csv")
+    _check_tables(Path(options.images), options.output, failures_path)
     catalog = read_galaxies(options.images, images_must_exist=False)
-    model = ZoobotForImageClassification.from_pretrained(options.model)
-    processor = ZoobotImageProcessor.from_pretrained(options.model)
+    model, processor = _load_finetuned(options.model)
     table, failures = predict_galaxies(model, processor, catalog, batch_size=options.batch_size, device=device)
     write_catalog(table, options.output)
     print(f"{len(table)} galaxies: {options.output}")
     if failures.empty:
+        failures_path.unlink(missing_ok=True)  # an earlier run's, and no longer true
         return 0
-    path = options.output.with_name(f"{options.output.stem}-failures.csv")
-    write_catalog(failures, path)
-    print(f"zoobot-hf: {len(failures)} of {len(catalog)} images can't be read; their reasons: {path}", file=sys.stderr)
+    write_catalog(failures, failures_path)
+    _complain(f"{len(failures)} of {len(catalog)} images can't be read; their reasons: {failures_path}")
     return 1
+
+
+def _check_tables(images: Path, *tables: Path) -> None:
+    """Finds out before the predictions, which may take hours, what would stop their tables from being written."""
+    catalog_path = find_catalog(images) if images.is_dir() else images
+    for path in tables:
+        check_catalog_can_be_written(path)
+        if catalog_path is not None and path.resolve() == catalog_path.resolve():
+            raise ValueError(f"output is {path}, the catalog itself, which would be lost; choose another file.")
+
+
+def _load_finetuned(name: str) -> tuple[ZoobotForImageClassification, ZoobotImageProcessor]:
+    folder = local_copy(name)
+    if read_configuration(folder).get("model_type") != ZoobotConfig.model_type:
+        # from_pretrained would give it a new head, whose predictions are noise.
+        raise ValueError(
+            f"model is {name!r}, which zoobot-hf has not finetuned; run zoobot-hf finetune --encoder {name}."
+        )
+    return ZoobotForImageClassification.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
 
 
 def _load(options: argparse.Namespace) -> Dataset | DatasetDict:
@@ -201,7 +322,9 @@ def _report(finetuned: Finetuned) -> None:
     print("\non the test split" + "".join(f"{name.replace('_', ' '):>14}" for name in names))
     for stage in finetuned.stages:
         kept = " (kept)" if stage.name == finetuned.kept_stage else ""
-        print(f"{stage.name + kept:17}" + "".join(f"{stage.test[name]:14.3f}" for name in names))
+        # A metric that has no value, for want of a class in the split, comes back from a finished stage as None.
+        values = [math.nan if stage.test[name] is None else stage.test[name] for name in names]
+        print(f"{stage.name + kept:17}" + "".join(f"{value:14.3f}" for value in values))
     folder = finetuned.output_dir
     print(f"\nmodel    {folder}\ncard     {folder / 'README.md'}\ntable    {folder / 'predictions.parquet'}")
     print(f"figures  {', '.join(str(path) for path in sorted((folder / 'figures').glob('*.png')))}")

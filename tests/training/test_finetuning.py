@@ -217,35 +217,39 @@ from safetensors.torch import save_file
 from zoobot_hf import *
 
 folder, model, output = sys.argv[1:]
-settings = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
-rings = split_dataset(
-    catalog_to_dataset(read_catalog(folder + "/catalog.csv"), label_column="ring"), seed=0, test_fraction=0.225
-)
-finetuned = finetune(
-    ZoobotForImageClassification.from_pretrained(model),
-    ZoobotImageProcessor.from_pretrained(model),
-    rings,
-    output,
-    frozen=FrozenStageArguments(**settings),
-    unfrozen=UnfrozenStageArguments(**settings, learning_rate=1e-2),
-)
-save_file(finetuned.model.state_dict(), f"{output}-rank-{PartialState().process_index}.safetensors")
+settings = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "disable_tqdm": True}
+rings = split_dataset(catalog_to_dataset(read_catalog(folder + "/catalog.csv"), label_column="ring"), seed=0)
+rings["test"] = rings["test"].select(range(7))
+model = ZoobotForImageClassification.from_pretrained(model)
+processor = ZoobotImageProcessor(32)
+unfrozen = UnfrozenStageArguments(**settings, learning_rate=1e-2)
+finetune(model, processor, rings, output, frozen=FrozenStageArguments(**settings), unfrozen=unfrozen)
+
+# finetune() ends with the same file on every rank: whether the ranks agree shows without its reload.
+unfrozen.load_best_model_at_end = False
+unfrozen.output_dir = output + "-agree"
+data = {"train_dataset": rings["train"], "eval_dataset": rings["validation"]}
+UnfrozenStageTrainer(model, unfrozen, processing_class=processor, **data).train()
+save_file(model.state_dict(), f"{output}-rank-{PartialState().process_index}.safetensors")
+print(sorted(rings["test"]["id_str"]))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_agree_and_predict_each_galaxy_once(layer_norm_model, processor, galaxy_folder, tmp_path):
+def test_two_processes_agree_and_predict_each_galaxy_once(layer_norm_model, galaxy_folder, tmp_path):
     layer_norm_model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # Without a GPU, accelerate's launcher starts several processes only when told --multi_gpu.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     arguments = [str(path) for path in (script, galaxy_folder, tmp_path / "model", tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (load_file(f"{tmp_path}/out-rank-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    before = layer_norm_model.state_dict()
+    assert not any(torch.equal(before[name], first[name]) for name, _ in layer_norm_model.named_parameters())
     table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
-    assert len(table) == 9  # which two processes do not divide
-    assert table["id_str"].is_unique
+    assert len(table) == 7  # which two processes do not divide
+    assert str(sorted(table["id_str"])) in done.stdout

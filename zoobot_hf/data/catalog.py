@@ -6,6 +6,7 @@ own names. Whatever else is in the table is kept.
 
 import logging
 import os
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -178,9 +179,7 @@ def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
         CatalogError: The suffix is unknown or says compressed.
     """
     path = Path(path)
-    if path.suffix.lower() == ".gz":
-        raise CatalogError(f"path {path} ends in .gz; catalogs are written uncompressed, so leave .gz away.")
-    file_format = _find_format(path)
+    file_format = _find_format_to_write(path)
     partial_path = path.with_name(f".partial-{path.name}")
     try:
         if file_format == "csv":
@@ -192,6 +191,30 @@ def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
         partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
+
+
+def check_catalog_can_be_written(path: str | Path) -> None:
+    """Nothing, if `write_catalog` can write to a file: known before a long run, not at its end.
+
+    Args:
+        path: Where a table shall go. Nothing is left there.
+
+    Raises:
+        CatalogError: The suffix is unknown or says compressed; a folder has this name; or the file's folder is not
+            there or can't be written to.
+    """
+    path = Path(path)
+    _find_format_to_write(path)
+    if path.is_dir():
+        raise CatalogError(f"table {path} is a folder; give the name of a file.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise CatalogError(
+            f"table {path} can't be written to the folder {path.parent}: {error.strerror}; make the folder, or choose "
+            "one that you may write to."
+        ) from error
 
 
 def check_labels_exist(identifiers: pd.Series, *, labels: pd.Series, column: str) -> None:
@@ -236,6 +259,12 @@ def _find_format(path: Path) -> str:
             "Rename the file after its format, or save it in one of these."
         )
     return CATALOG_FORMATS[suffix]
+
+
+def _find_format_to_write(path: Path) -> str:
+    if path.suffix.lower() == ".gz":
+        raise CatalogError(f"path {path} ends in .gz; catalogs are written uncompressed, so leave .gz away.")
+    return _find_format(path)
 
 
 def _read_table(path: Path) -> pd.DataFrame:

@@ -15,7 +15,8 @@ def prediction_table(
 
     For a single label the columns are `id_str`, `predicted_label` (the most probable one) and a `probability_...` for
     each label; for several labels `id_str` and the probabilities; for a regression `id_str` and a `predicted_...` for
-    each output. In column names anything but letters, digits and `_` becomes `_`.
+    each output. In column names anything but letters, digits and `_` becomes `_`; two names that are the same after
+    that get their label's number at the end.
 
     Args:
         identifiers: The galaxies' `id_str`.
@@ -25,8 +26,13 @@ def prediction_table(
     """
     values = np.asarray(predictions, dtype=np.float32)
     prefix = "predicted" if problem_type == "regression" else "probability"
-    columns = {f"{prefix}_{re.sub(r'[^0-9A-Za-z_]', '_', name)}": values[:, i] for i, name in enumerate(label_names)}
-    table = pd.DataFrame({"id_str": list(identifiers), **columns})
+    names = [f"{prefix}_{name}" for name in _column_names(label_names)]
+    table = pd.DataFrame({"id_str": list(identifiers), **{name: values[:, i] for i, name in enumerate(names)}})
     if problem_type == "single_label_classification":
         table.insert(1, "predicted_label", [label_names[index] for index in values.argmax(axis=1)])
     return table
+
+
+def _column_names(label_names: Sequence[str]) -> list[str]:
+    names = [re.sub(r"[^0-9A-Za-z_]", "_", name) for name in label_names]
+    return [f"{name}_{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]

@@ -1,13 +1,16 @@
 """ZoobotConfig: everything that is needed to rebuild a model and to read its predictions."""
 
+import math
 from typing import Any
 
-from transformers import AutoConfig, ConvNextConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 HEAD_TYPES = ("linear", "mlp")
 POOLINGS = ("pooler", "first_token", "mean")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+# Far above any encoder's; a damaged config.json can't ask for all of the memory.
+LARGEST_WIDTH = 65536
 
 
 class ZoobotConfig(PreTrainedConfig):
@@ -29,7 +32,8 @@ class ZoobotConfig(PreTrainedConfig):
         **kwargs: What every transformers configuration takes: `id2label`, `label2id`, `problem_type`, ...
 
     Raises:
-        ValueError: A head type, a problem type or a share that doesn't exist; class weights that don't fit the labels.
+        ValueError: A head type, a pooling, a problem type, a share or a width that doesn't exist; class weights or
+            numbers of labels that don't fit; an encoder that transformers lacks.
     """
 
     model_type = "zoobot"
@@ -86,38 +90,58 @@ class ZoobotConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
         for name in ("head_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a share of at least 0 and below 1.")
-        if self.class_weights is not None and len(self.class_weights) != self.num_labels:
+            share = getattr(self, name)
+            if not _is_number(share) or not 0 <= share < 1:
+                raise ValueError(f"{name} is {share!r}; give a share of at least 0 and below 1.")
+        widths = {"head_hidden_size": self.head_hidden_size, "embedding_size": self.embedding_size or 1}
+        for name, width in widths.items():
+            if not isinstance(width, int) or not 0 < width <= LARGEST_WIDTH:
+                raise ValueError(f"{name} is {width!r}; give a whole number from 1 to {LARGEST_WIDTH}.")
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        if sorted(self.id2label) != list(range(self.num_labels)):
+            raise ValueError(f"id2label has the numbers {sorted(self.id2label)}; number the labels from 0 upwards.")
+        if self.class_weights is None:
+            return
+        weights = self.class_weights
+        if not isinstance(weights, (list, tuple)) or not all(_is_number(w) and w >= 0 for w in weights):
+            raise ValueError(f"class_weights is {weights!r}; give a list of numbers of at least 0, one for each label.")
+        if len(weights) != self.num_labels:
             raise ValueError(
-                f"class_weights has {len(self.class_weights)} values for {self.num_labels} labels "
+                f"class_weights has {len(weights)} values for {self.num_labels} labels "
                 f"({', '.join(self.label_names)}); give one for each, in this order."
             )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _as_config(encoder_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
     if encoder_config is None or isinstance(encoder_config, PreTrainedConfig):
         return encoder_config
+    if not isinstance(encoder_config, dict):
+        raise ValueError(f"encoder_config is {encoder_config!r}; give a transformers configuration or its dictionary.")
     settings = dict(encoder_config)
     model_type = settings.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == ZoobotConfig.model_type:
         # An encoder's code is never taken from a repository: only the classes of transformers are built.
-        raise ValueError(f"encoder_config has model_type {model_type!r}, which this version of transformers lacks.")
+        raise ValueError(f"encoder_config has model_type {model_type!r}, which is no encoder that this version of transformers has.")
     return CONFIG_MAPPING[model_type].from_dict(settings)
 
 
-def small_encoder_config(label_names: list[str], *, pixels: int = 96) -> ZoobotConfig:
-    """The configuration of a ConvNeXt of 0.5 million parameters, to be trained from scratch in minutes on a CPU.
+def small_encoder_config(label_names: list[str]) -> ZoobotConfig:
+    """The configuration of a ResNet of 0.3 million parameters, to be trained from scratch in a minute or two on a CPU.
 
     Args:
         label_names: In the order of the logits.
-        pixels: Height and width of the images.
     """
-    encoder = ConvNextConfig(hidden_sizes=[24, 48, 96, 192], depths=[1, 1, 3, 1], image_size=pixels)
+    encoder = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], layer_type="basic")
     return ZoobotConfig(
         encoder,
         head_dropout=0.1,
-        encoder_name="a small ConvNeXt with new weights",
+        encoder_name="a small ResNet with new weights",
         id2label=dict(enumerate(label_names)),
         label2id={name: index for index, name in enumerate(label_names)},
     )

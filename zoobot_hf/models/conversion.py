@@ -238,7 +238,11 @@ def image_processor_for(
             stated.normalization,
         )
     return ZoobotImageProcessor(
-        stated.pixels, zoom=DEFAULT_ZOOM if zoom is None else zoom, do_normalize=bool(applied), **applied
+        stated.pixels,
+        zoom=DEFAULT_ZOOM if zoom is None else zoom,
+        do_normalize=bool(applied),
+        image_mean=applied.get("image_mean"),
+        image_std=applied.get("image_std"),
     )
 
 

@@ -50,6 +50,7 @@ def head_loss(logits: Tensor, labels: Tensor, config: ZoobotConfig, *, training:
     weights = None if config.class_weights is None else logits.new_tensor(config.class_weights)
     smoothing = config.label_smoothing if training else 0.0
     if config.problem_type == "single_label_classification":
+        _check_class_indices(labels, config)
         return functional.cross_entropy(logits, labels.long(), weight=weights, label_smoothing=smoothing)
     if labels.shape != logits.shape:
         raise ValueError(
@@ -66,6 +67,18 @@ def head_loss(logits: Tensor, labels: Tensor, config: ZoobotConfig, *, training:
         losses = losses if weights is None else losses * weights
     # A batch without a single known label has no loss rather than a NaN one.
     return losses[known].sum() / known.sum().clamp(min=1)
+
+
+def _check_class_indices(labels: Tensor, config: ZoobotConfig) -> None:
+    if labels.ndim != 1:
+        raise ValueError(f"labels have the shape {tuple(labels.shape)}; give each galaxy one class index: (batch,).")
+    # On a GPU an index out of range would end the whole process' CUDA context, with a message about an assertion.
+    lowest, highest = labels.min().item(), labels.max().item()
+    if not 0 <= lowest <= highest < config.num_labels:
+        raise ValueError(
+            f"labels run from {lowest} to {highest}; the model has {config.num_labels}, from 0 to "
+            f"{config.num_labels - 1}: {', '.join(config.label_names)}."
+        )
 
 
 def apply_unit_interval(logits: Tensor, config: ZoobotConfig) -> Tensor:

@@ -1,5 +1,6 @@
 """ZoobotImageProcessor: images of galaxies to pixel values."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import TensorType
 
-# PIL's modes for 16-bit images; 32-bit "I" is how PIL opens 16-bit PNG files in older versions.
+# PIL's modes for 16-bit images; "I" has room for 32 bits, but is how older versions of PIL open 16-bit PNG files.
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I")
 
 
@@ -32,7 +33,8 @@ class ZoobotImageProcessor(BaseImageProcessor):
         **kwargs: Kept as attributes, as transformers does.
 
     Raises:
-        ValueError: A size that isn't square, a zoom below 1, or numbers of channels that don't agree.
+        ValueError: A size that isn't square, a zoom below 1, numbers of channels that don't agree, or a standard
+            deviation of 0.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  transformers declares it so
@@ -123,7 +125,7 @@ class ZoobotImageProcessor(BaseImageProcessor):
         if min(picture.size) == 0:
             raise ValueError(f"the image has {picture.width} x {picture.height} pixels; at least 1 x 1 is needed.")
         if picture.mode in SIXTEEN_BIT_MODES:
-            picture = Image.fromarray(_as_eight_bit_array(np.asarray(picture).astype(np.uint16)))
+            picture = Image.fromarray(_as_eight_bit_array(_as_sixteen_bit_array(picture)))
         if picture.mode == "F":
             raise ValueError("the image holds floating-point values, whose range is unknown; scale it to uint8 first.")
         if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA"):
@@ -134,7 +136,7 @@ class ZoobotImageProcessor(BaseImageProcessor):
     def _check(self) -> None:
         if self.size.get("height") != self.size.get("width") or not self.size.get("height", 0) > 0:
             raise ValueError(f"size is {self.size}; give an equal, positive height and width.")
-        if self.zoom < 1:
+        if not 1 <= self.zoom < math.inf:
             raise ValueError(f"zoom is {self.zoom}; give 1 for the whole image or more for its centre.")
         if self.num_channels not in (1, 3):
             raise ValueError(f"num_channels is {self.num_channels}; give 3 (RGB) or 1 (grey).")
@@ -143,6 +145,15 @@ class ZoobotImageProcessor(BaseImageProcessor):
                 values = getattr(self, name)
                 if values is None or len(values) != self.num_channels:
                     raise ValueError(f"{name} is {values}; do_normalize needs {self.num_channels} numbers in it.")
+            if not min(self.image_std or []) > 0:
+                raise ValueError(f"image_std is {self.image_std}; give numbers above 0.")
+
+
+def _as_sixteen_bit_array(picture: Image.Image) -> NDArray[np.uint16]:
+    array = np.asarray(picture)
+    if array.min() < 0 or array.max() > 65535:
+        raise ValueError(f"the image has values from {array.min()} to {array.max()}; scale them to 0-65535 first.")
+    return array.astype(np.uint16)
 
 
 def _as_eight_bit_array(image: Any) -> NDArray[np.uint8]:

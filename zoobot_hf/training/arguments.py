@@ -1,7 +1,9 @@
 """The arguments of the two stages: TrainingArguments with a few fields more and other defaults."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -25,6 +27,8 @@ class _StageArguments(TrainingArguments):
         metadata={"help": "Epochs without a lower validation loss after which the stage ends."},
     )
 
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is an accelerator."})
+    dataloader_pin_memory: bool = field(default=True, metadata={"help": "Pin memory where there is a device."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
@@ -39,6 +43,8 @@ class _StageArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Left alone, several processes on a machine without an accelerator would not find each other.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         # Pinning needs a device to copy to; without one PyTorch warns at every start of a loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
@@ -66,7 +72,7 @@ class FrozenStageArguments(_StageArguments):
 class UnfrozenStageArguments(_StageArguments):
     """Arguments of the unfrozen stage: the encoder is trained as well, gently.
 
-    Changed defaults: learning rate 3e-4 with cosine decay after a tenth of warm-up, weight decay 0.05, 15 epochs,
+    Changed defaults: learning rate 1e-4 with cosine decay after a tenth of warm-up, weight decay 0.05, 15 epochs,
     batches of 16.
     """
 
@@ -80,7 +86,9 @@ class UnfrozenStageArguments(_StageArguments):
         default=True, metadata={"help": "Keep the running mean and variance of BatchNorm layers."}
     )
 
-    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the head and the last block."})
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Learning rate of the head and the last block, Zoobot 2.9.0's."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or a share of all below 1."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of head and encoder, Zoobot 2.9.0's."})
@@ -92,3 +100,22 @@ class UnfrozenStageArguments(_StageArguments):
         super().__post_init__()
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}; give more than 0 and at most 1.")
+
+
+def unfrozen_arguments_from_scratch(**changes: Any) -> UnfrozenStageArguments:
+    """Arguments for an encoder with new weights, where the unfrozen stage is ordinary training.
+
+    One learning rate for all layers, and BatchNorm statistics that follow the images: what a pretrained encoder has to
+    keep, a new one has to find.
+
+    Args:
+        **changes: Fields of `UnfrozenStageArguments`.
+    """
+    settings = {
+        "learning_rate": 3e-3,
+        "layer_decay": 1.0,
+        "keep_batch_norm_statistics": False,
+        "num_train_epochs": 12,
+        "per_device_train_batch_size": 32,
+    }
+    return UnfrozenStageArguments(**{**settings, **changes})

@@ -1,0 +1,676 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, ConvNextConfig, pipeline
+
+from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotImageProcessor, read_catalog
+from zoobot_hf.cli import main
+from zoobot_hf.data.catalog import find_catalog
+
+COMMAND = Path(sys.executable).with_name("zoobot-hf")
+ENCODER = ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32)
+NORMALIZATION = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+METRICS = {
+    "accuracy",
+    "balanced_accuracy",
+    "completeness",
+    "purity",
+    "f1",
+    "roc_auc",
+    "average_precision",
+    "log_loss",
+    "confusion",
+}
+PROBABILITIES = ["probability_not_ring", "probability_ring"]
+
+
+# The command line, and what it is given ----------------------------------------------------------------------------
+
+
+class Outcome:
+    """How a command ended: `status`, `output`, and the lines of `complaints` on stderr without progress bars."""
+
+    def __init__(self, status, output, errors):
+        self.status = status
+        self.output = output
+        self.errors = errors
+        self.complaints = re.findall(r"zoobot-hf.*", errors)
+
+
+@pytest.fixture
+def zoobot_hf(capfd):
+    """Runs a command line in this process."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse's, for a command line that can't be read
+            status = end.code
+        return Outcome(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(zoobot_hf):
+    """Runs a command line that must end with one line on stderr, and gives that line."""
+
+    def run(*arguments):
+        outcome = zoobot_hf(*arguments)
+        assert outcome.status not in (0, None)
+        assert "Traceback" not in outcome.errors
+        assert len(outcome.complaints) == 1, outcome.errors
+        return outcome.complaints[0]
+
+    return run
+
+
+def run_process(*arguments, **environment):
+    """Runs a command line as a user does, in a process of its own."""
+    done = subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def finetune_options(dataset, encoder, output_dir, **changes):
+    options = {
+        "encoder": encoder,
+        "dataset": dataset,
+        "label_column": "ring",
+        "output_dir": output_dir,
+        "frozen_epochs": 1,
+        "unfrozen_epochs": 1,
+        "device": "cpu",
+        **changes,
+    }
+    return ["finetune", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """An encoder of 10k parameters as transformers saves it, with new weights."""
+    folder = tmp_path_factory.mktemp("encoder") / "tiny-encoder"
+    torch.manual_seed(0)
+    AutoModel.from_config(ENCODER).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, **NORMALIZATION}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A model with a head for "not ring" and "ring", as a finetuning leaves it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-model"
+    torch.manual_seed(0)
+    labels = {"id2label": {0: "not ring", 1: "ring"}, "label2id": {"not ring": 0, "ring": 1}}
+    ZoobotForImageClassification(ZoobotConfig(ENCODER, encoder_name="tiny", **labels)).save_pretrained(folder)
+    ZoobotImageProcessor(32, **NORMALIZATION, do_normalize=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory, shared_galaxy_folder, encoder_folder):
+    """A folder with a finished run `out` and its checkpoints; not to be changed."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main(finetune_options(shared_galaxy_folder, encoder_folder, folder / "out")) == 0
+    return folder
+
+
+@pytest.fixture
+def run_folder(shared_run, tmp_path):
+    """`out` of a finished run of one and one epoch on the drawn galaxies."""
+    return shutil.copytree(shared_run, tmp_path / "run") / "out"
+
+
+def edit_catalog(folder, change):
+    """Rewrites a folder's catalog, and gives the folder."""
+    path = find_catalog(folder)
+    change(pd.read_csv(path)).to_csv(path, index=False)
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# finetune ----------------------------------------------------------------------------------------------------------
+
+
+def test_finetune_leaves_a_folder_that_is_ready_for_the_hub(shared_run):
+    assert set(contents(shared_run / "out")) == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "README.md",
+        "metrics.json",
+        "predictions.parquet",
+        "figures/training_curves.png",
+        "figures/confusion.png",
+        "figures/most_wrong.png",
+    }
+    assert (shared_run / "out-checkpoints" / "frozen" / "best" / "model.safetensors").is_file()
+
+
+def test_finetune_measures_both_stages_on_the_test_split(shared_run):
+    metrics = json.loads((shared_run / "out" / "metrics.json").read_text())
+    table = pd.read_parquet(shared_run / "out" / "predictions.parquet")
+    for stage in ("frozen", "unfrozen"):
+        assert set(metrics[stage]) >= METRICS
+        assert np.sum(metrics[stage]["confusion"]) == len(table) == 8
+    assert sorted(table["label"]) == ["not ring"] * 4 + ["ring"] * 4
+    right = (table["label"] == table["predicted_label"]).mean()
+    assert metrics[metrics["kept_stage"]]["accuracy"] == pytest.approx(right)
+
+
+def test_finetune_ends_by_printing_metrics_and_paths(run_folder, encoder_folder, shared_galaxy_folder, zoobot_hf):
+    outcome = zoobot_hf(*finetune_options(shared_galaxy_folder, encoder_folder, run_folder), "--resume")
+    assert outcome.status == 0
+    assert re.search(r"on the test split +accuracy +roc auc +completeness +purity +log loss\n", outcome.output)
+    assert re.search(r"\nfrozen( \(kept\))?( +\d\.\d{3}){5}\nunfrozen", outcome.output)
+    for name in ("README.md", "predictions.parquet", "figures/most_wrong.png"):
+        assert str(run_folder / name) in outcome.output
+
+
+def test_the_unfrozen_stage_is_left_out_at_no_epochs(galaxy_folder, encoder_folder, tmp_path, zoobot_hf):
+    options = finetune_options(galaxy_folder, encoder_folder, tmp_path / "out", unfrozen_epochs=0)
+    assert zoobot_hf(*options).status == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics) == {"frozen", "kept_stage"}
+
+
+def test_other_labels_give_a_finetuned_model_a_new_head(galaxy_folder, model_folder, tmp_path, zoobot_hf, caplog):
+    caplog.set_level("INFO")
+    edit_catalog(galaxy_folder, lambda table: table.assign(shape=["arc", "bar", "clump", "disk"] * 10))
+    options = finetune_options(galaxy_folder, model_folder, tmp_path / "out", label_column="shape", unfrozen_epochs=0)
+    outcome = zoobot_hf(*options)
+    assert outcome.status == 0
+    assert "its old head was left out" in caplog.text
+    assert "head is new, to be trained: arc, bar, clump, disk" in caplog.text
+    table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert {"probability_arc", "probability_disk"} < set(table.columns)
+
+
+def test_finetune_takes_the_classes_from_subfolders(galaxy_folder, model_folder, tmp_path, zoobot_hf):
+    table = read_catalog(galaxy_folder / "catalog.csv")
+    for row in table.to_dict("records"):
+        target = tmp_path / "folder" / ("ring" if row["ring"] else "no ring") / Path(row["file_loc"]).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(row["file_loc"], target)
+    options = finetune_options(
+        tmp_path / "folder", model_folder, tmp_path / "out", label_column=None, unfrozen_epochs=0
+    )
+    assert zoobot_hf(*options).status == 0
+    predictions = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert set(predictions["label"]) == {"no ring", "ring"}
+    assert set(predictions["id_str"]) < set(table["id_str"])
+
+
+def test_a_run_is_pushed_and_predicts_from_the_hub(
+    run_folder, encoder_folder, shared_galaxy_folder, tmp_path, zoobot_hf, hub, hub_token, repo_id, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", hub_token)
+    options = finetune_options(shared_galaxy_folder, encoder_folder, run_folder, push_to_hub=repo_id)
+    outcome = zoobot_hf(*options, "--resume")
+    assert f"pushed to {hub.url}/{repo_id}" in outcome.output
+    tables = []
+    for model in (repo_id, run_folder):
+        output = tmp_path / "table.csv"
+        assert zoobot_hf("predict", "--model", model, "--images", shared_galaxy_folder, "--output", output).status == 0
+        tables.append(pd.read_csv(output))
+    pd.testing.assert_frame_equal(*tables)
+
+
+# predict -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def expected_table(tmp_path_factory, shared_galaxy_folder, model_folder):
+    """The predictions of the model for the drawn galaxies, straight from model and processor."""
+    catalog = read_catalog(shared_galaxy_folder / "catalog.csv")
+    model = ZoobotForImageClassification.from_pretrained(model_folder)
+    processor = ZoobotImageProcessor.from_pretrained(model_folder)
+    with torch.inference_mode():
+        logits = model(**processor([Image.open(path) for path in catalog["file_loc"]])).logits
+    probabilities = logits.softmax(-1).numpy()
+    names = np.array(["not ring", "ring"])[probabilities.argmax(-1)]
+    table = pd.DataFrame({"id_str": catalog["id_str"], "predicted_label": names})
+    return table.assign(**dict(zip(PROBABILITIES, probabilities.T, strict=True)))
+
+
+def read_table(path):
+    if path.suffix == ".csv":
+        return pd.read_csv(path)
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    from astropy.table import Table
+
+    table = Table.read(path)
+    table.convert_bytestring_to_unicode()
+    return table.to_pandas()
+
+
+def assert_same_predictions(table, expected):
+    assert table.columns.tolist() == expected.columns.tolist()
+    assert table["id_str"].tolist() == expected["id_str"].tolist()
+    assert table["predicted_label"].tolist() == expected["predicted_label"].tolist()
+    np.testing.assert_allclose(table[PROBABILITIES], expected[PROBABILITIES], atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".fits", ".vot", ".ecsv"])
+def test_a_table_of_any_format_holds_the_predictions(
+    suffix, shared_galaxy_folder, model_folder, tmp_path, zoobot_hf, expected_table
+):
+    output = tmp_path / f"table{suffix}"
+    # 40 galaxies are no multiple of 7.
+    outcome = zoobot_hf(
+        "predict", "--model", model_folder, "--images", shared_galaxy_folder, "--output", output, "--batch_size", 7
+    )
+    assert outcome.status == 0
+    assert f"40 galaxies: {output}" in outcome.output
+    assert_same_predictions(read_table(output), expected_table)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".fits"])
+def test_a_catalog_of_any_format_is_predicted(suffix, galaxy_folder, model_folder, tmp_path, zoobot_hf, expected_table):
+    from astropy.table import Table
+
+    catalog = pd.read_csv(galaxy_folder / "catalog.csv")
+    path = galaxy_folder / f"survey{suffix}"
+    writers = {".csv": catalog.to_csv, ".parquet": catalog.to_parquet, ".fits": Table.from_pandas(catalog).write}
+    writers[suffix](path)
+    output = tmp_path / "table.parquet"
+    assert zoobot_hf("predict", "--model", model_folder, "--images", path, "--output", output).status == 0
+    assert_same_predictions(pd.read_parquet(output), expected_table)
+
+
+def test_a_plain_folder_names_galaxies_after_their_files(
+    galaxy_folder, model_folder, tmp_path, zoobot_hf, expected_table
+):
+    images = galaxy_folder / "images"
+    (images / "ring").mkdir()
+    shutil.move(images / "galaxy_07.png", images / "ring" / "galaxy_07.png")
+    output = tmp_path / "table.parquet"
+    assert zoobot_hf("predict", "--model", model_folder, "--images", images, "--output", output).status == 0
+    table = pd.read_parquet(output).sort_values("id_str")
+    assert_same_predictions(table, expected_table)
+
+
+def test_a_catalog_keeps_its_own_names(galaxy_folder, model_folder, tmp_path, zoobot_hf):
+    names = [f"{number:03d}" for number in range(40)]
+    edit_catalog(galaxy_folder, lambda table: table.assign(id_str=names))
+    output = tmp_path / "table.parquet"
+    assert zoobot_hf("predict", "--model", model_folder, "--images", galaxy_folder, "--output", output).status == 0
+    assert pd.read_parquet(output)["id_str"].tolist() == names
+
+
+def test_the_pipeline_agrees_with_the_table(run_folder, shared_galaxy_folder, tmp_path, zoobot_hf):
+    output = tmp_path / "table.parquet"
+    zoobot_hf("predict", "--model", run_folder, "--images", shared_galaxy_folder, "--output", output)
+    table = pd.read_parquet(output)
+    classify = pipeline("image-classification", model=str(run_folder), device="cpu")
+    paths = [str(shared_galaxy_folder / "images" / f"{name}.png") for name in table["id_str"]]
+    for row, answers in zip(table.to_dict("records"), classify(paths), strict=True):
+        scores = {answer["label"]: answer["score"] for answer in answers}
+        assert scores == pytest.approx(
+            {"not ring": row["probability_not_ring"], "ring": row["probability_ring"]}, abs=1e-5
+        )
+        assert max(scores, key=scores.get) == row["predicted_label"]
+
+
+def test_the_pipeline_agrees_with_the_table_of_the_test_split(run_folder, shared_galaxy_folder):
+    table = pd.read_parquet(run_folder / "predictions.parquet")
+    classify = pipeline("image-classification", model=str(run_folder), device="cpu")
+    for row in table.to_dict("records"):
+        answers = classify(str(shared_galaxy_folder / "images" / f"{row['id_str']}.png"))
+        scores = {answer["label"]: answer["score"] for answer in answers}
+        assert scores["ring"] == pytest.approx(row["probability_ring"], abs=1e-5)
+
+
+# Bad images --------------------------------------------------------------------------------------------------------
+
+BAD_IMAGES = {
+    "no image": (lambda path: path.write_text("not an image"), "it is not an image in a format that PIL knows"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:800]), "it is damaged: image file is truncated"),
+    "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
+    "bomb": (lambda path: Image.new("1", (20_000, 20_000)).save(path), "may be a decompression bomb"),
+}
+
+
+@pytest.fixture(params=BAD_IMAGES)
+def bad_folder(request, galaxy_folder):
+    """The drawn galaxies, with galaxy_03 spoiled, and the reason that has to be given."""
+    spoil, reason = BAD_IMAGES[request.param]
+    spoil(galaxy_folder / "images" / "galaxy_03.png")
+    return galaxy_folder, reason
+
+
+def test_a_bad_image_stops_finetune_before_training(bad_folder, encoder_folder, tmp_path, refused):
+    folder, reason = bad_folder
+    line = refused(*finetune_options(folder, encoder_folder, tmp_path / "out"))
+    assert re.match(r"zoobot-hf: 1 of \d+ images can't be read: ", line)
+    assert f"{folder / 'images' / 'galaxy_03.png'}: {reason}" in line.replace("it has over 89 million pixels and ", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_image_is_a_failure_and_the_others_are_predicted(
+    bad_folder, model_folder, tmp_path, zoobot_hf, expected_table
+):
+    folder, reason = bad_folder
+    output = tmp_path / "table.csv"
+    outcome = zoobot_hf("predict", "--model", model_folder, "--images", folder, "--output", output)
+    failures_path = tmp_path / "table-failures.csv"
+    assert outcome.status == 1
+    assert outcome.complaints == [f"zoobot-hf: 1 of 40 images can't be read; their reasons: {failures_path}"]
+    assert_same_predictions(pd.read_csv(output), expected_table[expected_table["id_str"] != "galaxy_03"])
+    failures = pd.read_csv(failures_path)
+    assert failures["id_str"].tolist() == ["galaxy_03"]
+    assert reason in failures["reason"][0]
+
+
+def test_the_failures_of_an_earlier_run_are_removed(galaxy_folder, model_folder, tmp_path, zoobot_hf):
+    image = galaxy_folder / "images" / "galaxy_03.png"
+    arguments = ("predict", "--model", model_folder, "--images", galaxy_folder, "--output", tmp_path / "table.csv")
+    whole = image.read_bytes()
+    image.unlink()
+    assert zoobot_hf(*arguments).status == 1
+    assert pd.read_csv(tmp_path / "table-failures.csv")["reason"].tolist() == ["there is no such file"]
+    image.write_bytes(whole)
+    assert zoobot_hf(*arguments).status == 0
+    assert not (tmp_path / "table-failures.csv").exists()
+
+
+def test_a_catalog_without_a_readable_image_gives_an_empty_table(galaxy_folder, model_folder, tmp_path, zoobot_hf):
+    shutil.rmtree(galaxy_folder / "images")
+    output = tmp_path / "table.fits"
+    outcome = zoobot_hf("predict", "--model", model_folder, "--images", galaxy_folder, "--output", output)
+    assert outcome.status == 1
+    assert outcome.complaints[0].startswith("zoobot-hf: 40 of 40 images can't be read")
+    assert len(read_table(output)) == 0
+    assert len(pd.read_csv(tmp_path / "table-failures.csv")) == 40
+
+
+# Other bad input ---------------------------------------------------------------------------------------------------
+
+
+def test_one_class_is_refused(galaxy_folder, encoder_folder, tmp_path, refused):
+    edit_catalog(galaxy_folder, lambda table: table.assign(ring=1))
+    line = refused(*finetune_options(galaxy_folder, encoder_folder, tmp_path / "out"))
+    assert line == "zoobot-hf: all 40 galaxies have the label 'ring'; add galaxies of another class."
+
+
+def test_a_class_of_one_galaxy_is_refused(galaxy_folder, encoder_folder, tmp_path, refused):
+    edit_catalog(galaxy_folder, lambda table: table[(table["ring"] == 0) | (table["id_str"] == "galaxy_05")])
+    line = refused(*finetune_options(galaxy_folder, encoder_folder, tmp_path / "out"))
+    assert "class 'ring' has 1 galaxy, fewer than the 3 splits" in line
+
+
+def test_a_galaxy_without_a_label_is_named(galaxy_folder, encoder_folder, tmp_path, refused):
+    edit_catalog(galaxy_folder, lambda table: table.assign(ring=table["ring"].where(table.index != 4)))
+    line = refused(*finetune_options(galaxy_folder, encoder_folder, tmp_path / "out"))
+    assert "column 'ring' has no label for 1 galaxy: 'galaxy_04'" in line
+
+
+def test_a_catalog_without_rows_is_refused(galaxy_folder, encoder_folder, model_folder, tmp_path, refused):
+    edit_catalog(galaxy_folder, lambda table: table.head(0))
+    predict = ("predict", "--model", model_folder, "--images", galaxy_folder, "--output", tmp_path / "table.csv")
+    for arguments in (finetune_options(galaxy_folder, encoder_folder, tmp_path / "out"), predict):
+        assert "catalog.csv has no rows; it needs one for each galaxy" in refused(*arguments)
+
+
+def test_a_catalog_without_its_images_is_refused_by_finetune(galaxy_folder, encoder_folder, tmp_path, refused):
+    shutil.rmtree(galaxy_folder / "images")
+    line = refused(*finetune_options(galaxy_folder, encoder_folder, tmp_path / "out"))
+    assert "names images that are not there, for 40 galaxies: " in line
+    assert "galaxy_04.png', ..." in line
+    assert "galaxy_05.png" not in line
+
+
+def test_a_folder_without_images_is_refused(encoder_folder, model_folder, tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    predict = ("predict", "--model", model_folder, "--images", tmp_path / "empty", "--output", tmp_path / "table.csv")
+    for arguments in (finetune_options(tmp_path / "empty", encoder_folder, tmp_path / "out"), predict):
+        assert f"folder {tmp_path / 'empty'} holds no images" in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_column": "rings"}, r"has no column 'rings'; its columns are 'id_str', 'file_loc', 'ring'\."),
+        ({"label_column": None}, r"has no column 'label'; its columns are 'id_str', 'file_loc', 'ring'\."),
+        ({"validation_fraction": 1.5}, r"validation_fraction is 1\.5; it must be between 0 and 1"),
+        ({"test_fraction": 0}, r"test_fraction is 0\.0; it must be between 0 and 1"),
+        ({"validation_fraction": 0.5, "test_fraction": 0.6}, r"validation_fraction and test_fraction add up to 1\.1"),
+        ({"last_blocks": 99}, r"last_blocks is 99; this encoder has 5 blocks"),
+        ({"dataset": "/nowhere/at/all"}, r"'/nowhere/at/all' is neither a file or folder that is there nor the id"),
+        ({"encoder": "not an id!"}, r"'not an id!' is neither a folder here nor a Hub id of the form user/name"),
+        ({"encoder": "astronomer/nothing"}, r"'astronomer/nothing' is neither a folder here nor a repository on the"),
+        ({"dataset": "astronomer/nothing"}, r"'astronomer/nothing': nothing is at this path, and as a Hub dataset"),
+        ({"push_to_hub": "astronomer/rings"}, r"No token for the Hub to push with: log in with `hf auth login`"),
+    ],
+)
+def test_a_value_that_finetune_can_not_use_is_named(
+    changes, message, hub, shared_galaxy_folder, encoder_folder, tmp_path, refused
+):
+    options = {"dataset": shared_galaxy_folder, "encoder": encoder_folder, "output_dir": tmp_path / "out", **changes}
+    assert re.search(message, refused(*finetune_options(**options)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--last_blocks=0", "it is '0'; give a whole number at least 1"),
+        ("--last_blocks=two", "it is 'two'; give a whole number at least 1"),
+        ("--frozen_epochs=0", "it is '0'; give a number above 0"),
+        ("--frozen_epochs=inf", "it is 'inf'; give a number above 0"),
+        ("--unfrozen_epochs=-1", "it is '-1'; give a number at least 0"),
+        ("--zoom=0.5", "it is '0.5'; give a number at least 1"),
+        ("--zoom=nan", "it is 'nan'; give a number at least 1"),
+        ("--seed=-1", "it is '-1'; give a whole number at least 0 and at most 4294967295"),
+        ("--seed=4294967296", "it is '4294967296'; give a whole number at least 0 and at most 4294967295"),
+        ("--balance=twice", "invalid choice: 'twice' (choose from 'oversample', 'undersample')"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(option, message, refused):
+    line = refused("finetune", "--encoder=E", "--dataset=D", "--output_dir=O", option)
+    name = option.partition("=")[0]
+    assert line.startswith(f"zoobot-hf finetune: argument {name}: {message}".removesuffix("'undersample')"))
+    assert line.endswith("; see zoobot-hf finetune --help")
+
+
+@pytest.mark.parametrize("batch_size", ["0", "-3", "many"])
+def test_a_batch_has_at_least_one_galaxy(batch_size, refused):
+    line = refused("predict", "--model=M", "--images=I", "--output=O.csv", f"--batch_size={batch_size}")
+    assert f"argument --batch_size: it is '{batch_size}'; give a whole number at least 1" in line
+
+
+def test_a_missing_option_is_one_line(refused):
+    assert refused("finetune") == (
+        "zoobot-hf finetune: the following arguments are required: --encoder, --dataset, --output_dir; "
+        "see zoobot-hf finetune --help"
+    )
+    assert refused() == "zoobot-hf: the following arguments are required: COMMAND; see zoobot-hf --help"
+
+
+def test_cuda_is_refused_where_there_is_none(shared_galaxy_folder, encoder_folder, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = finetune_options(shared_galaxy_folder, encoder_folder, tmp_path / "out", device="cuda")
+    assert "device is 'cuda', and this machine has no CUDA device that torch can use" in refused(*options)
+
+
+def test_an_output_folder_with_a_run_is_refused_and_untouched(
+    run_folder, shared_galaxy_folder, encoder_folder, refused
+):
+    before = contents(run_folder.parent)
+    line = refused(*finetune_options(shared_galaxy_folder, encoder_folder, run_folder, seed=7))
+    assert re.search(r"out already holds a run; .*--resume.*--overwrite", line)
+    assert contents(run_folder.parent) == before
+
+
+def test_overwrite_starts_anew(run_folder, shared_galaxy_folder, encoder_folder, zoobot_hf):
+    options = finetune_options(shared_galaxy_folder, encoder_folder, run_folder, seed=7, unfrozen_epochs=0)
+    assert zoobot_hf(*options, "--overwrite").status == 0
+    assert set(json.loads((run_folder / "metrics.json").read_text())) == {"frozen", "kept_stage"}
+
+
+def test_resume_refuses_other_arguments(run_folder, shared_galaxy_folder, encoder_folder, refused):
+    before = contents(run_folder)
+    options = finetune_options(shared_galaxy_folder, encoder_folder, run_folder, frozen_epochs=2)
+    assert "had another FrozenStageArguments" in refused(*options, "--resume")
+    assert contents(run_folder) == before
+
+
+def test_resume_and_overwrite_exclude_each_other(refused):
+    line = refused("finetune", "--encoder=E", "--dataset=D", "--output_dir=O", "--resume", "--overwrite")
+    assert "argument --overwrite: not allowed with argument --resume" in line
+
+
+def test_an_output_folder_that_can_not_be_made_is_named(shared_galaxy_folder, encoder_folder, tmp_path, refused):
+    (tmp_path / "file").touch()
+    options = finetune_options(shared_galaxy_folder, encoder_folder, tmp_path / "file" / "out")
+    assert str(tmp_path / "file" / "out") in refused(*options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("table.xyz", "has the suffix '.xyz'; known are .csv, .parquet, .fits"),
+        ("table", "has the suffix ''; known are .csv, .parquet, .fits"),
+        ("table.csv.gz", "ends in .gz; catalogs are written uncompressed"),
+        ("missing/table.csv", "missing: No such file or directory; make the folder"),
+        ("file/table.csv", "file: Not a directory; make the folder, or choose one that you may write to"),
+        ("folder.csv", "folder.csv is a folder; give the name of a file"),
+    ],
+)
+def test_a_table_that_can_not_be_written_is_refused_before_predicting(
+    name, message, shared_galaxy_folder, model_folder, tmp_path, refused, monkeypatch
+):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("zoobot_hf.cli.predict_galaxies", lambda *args, **options: pytest.fail("predicted"))
+    before = sorted(tmp_path.iterdir())
+    line = refused("predict", "--model", model_folder, "--images", shared_galaxy_folder, "--output", tmp_path / name)
+    assert message in line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_predict_does_not_write_over_its_catalog(galaxy_folder, model_folder, refused):
+    catalog_path = galaxy_folder / "catalog.csv"
+    before = catalog_path.read_bytes()
+    for images in (galaxy_folder, catalog_path):
+        line = refused("predict", "--model", model_folder, "--images", images, "--output", catalog_path)
+        assert "catalog.csv, the catalog itself, which would be lost" in line
+    assert catalog_path.read_bytes() == before
+
+
+def test_predict_refuses_an_encoder_without_a_trained_head(shared_galaxy_folder, encoder_folder, tmp_path, refused):
+    arguments = ("--images", shared_galaxy_folder, "--output", tmp_path / "table.csv")
+    line = refused("predict", "--model", encoder_folder, *arguments)
+    assert "which zoobot-hf has not finetuned; run zoobot-hf finetune --encoder" in line
+
+
+def test_predict_refuses_images_that_are_not_there(model_folder, tmp_path, refused):
+    line = refused("predict", "--model", model_folder, "--images", tmp_path / "no", "--output", tmp_path / "table.csv")
+    assert f"{tmp_path / 'no'} does not exist; give a catalog file or a folder of images" in line
+
+
+def test_damaged_weights_are_refused(shared_galaxy_folder, model_folder, tmp_path, refused):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    line = refused("predict", "--model", folder, "--images", shared_galaxy_folder, "--output", tmp_path / "table.csv")
+    assert re.search(r"the model's weights, model\.safetensors, are damaged \(.+\); copy or download them again", line)
+
+
+# How errors look ---------------------------------------------------------------------------------------------------
+
+
+def fail_with(error):
+    def fail(*arguments, **options):
+        raise error
+
+    return fail
+
+
+PREDICT = ("predict", "--model=M", "--images=I", "--output=table.csv")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("spread over\n  two lines"), "zoobot-hf: spread over two lines"),
+        (RuntimeError(), "zoobot-hf: RuntimeError"),
+        (PermissionError(13, "Permission denied", "file"), "zoobot-hf: [Errno 13] Permission denied: 'file'"),
+    ],
+)
+def test_an_error_is_one_line(error, line, refused, monkeypatch):
+    monkeypatch.setattr("zoobot_hf.cli.read_galaxies", fail_with(error))
+    assert refused(*PREDICT) == line
+
+
+def test_debug_shows_where_an_error_came_from(monkeypatch):
+    monkeypatch.setattr("zoobot_hf.cli.read_galaxies", fail_with(ValueError("no galaxies")))
+    with pytest.raises(ValueError, match="no galaxies"):
+        main([*PREDICT, "--debug"])
+
+
+def test_an_interrupt_is_one_line_and_status_130(zoobot_hf, monkeypatch):
+    monkeypatch.setattr("zoobot_hf.cli.read_galaxies", fail_with(KeyboardInterrupt()))
+    outcome = zoobot_hf(*PREDICT)
+    assert (outcome.status, outcome.complaints) == (130, ["zoobot-hf: interrupted"])
+
+
+def test_an_interrupted_finetuning_says_how_to_go_on(zoobot_hf, monkeypatch, shared_galaxy_folder):
+    monkeypatch.setattr("zoobot_hf.cli.load_galaxy_dataset", fail_with(KeyboardInterrupt()))
+    outcome = zoobot_hf(*finetune_options(shared_galaxy_folder, "E", "O"))
+    assert (outcome.status, outcome.complaints) == (130, ["zoobot-hf: interrupted; go on with --resume"])
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("finetune",), ("predict",)])
+def test_every_command_has_help(command, zoobot_hf):
+    outcome = zoobot_hf(*command, "--help")
+    assert outcome.status == 0
+    assert outcome.output.startswith(" ".join(("usage: zoobot-hf", *command)))
+    assert max(map(len, outcome.output.splitlines())) <= 80
+
+
+# The installed command ---------------------------------------------------------------------------------------------
+
+
+def test_the_installed_command_predicts(shared_galaxy_folder, model_folder, tmp_path, expected_table):
+    output = tmp_path / "table.parquet"
+    outcome = run_process("predict", "--model", model_folder, "--images", shared_galaxy_folder, "--output", output)
+    assert outcome.status == 0, outcome.errors
+    assert_same_predictions(pd.read_parquet(output), expected_table)
+
+
+def test_no_network_is_one_line_and_status_1(shared_galaxy_folder, tmp_path):
+    options = finetune_options(shared_galaxy_folder, "astronomer/encoder", tmp_path / "out")
+    outcome = run_process(*options, HF_HUB_OFFLINE="1")
+    assert outcome.status == 1
+    assert outcome.errors.splitlines()[-1] == outcome.complaints[0]
+    assert "'astronomer/encoder' is no folder here, is not in the cache, and the Hub could not be" in outcome.errors
+    assert "Traceback" not in outcome.errors
+
+
+def test_debug_of_the_installed_command_prints_the_traceback(tmp_path):
+    options = finetune_options(tmp_path / "nowhere", "E", tmp_path / "out")
+    outcome = run_process(*options, "--debug")
+    assert outcome.status == 1
+    assert "Traceback (most recent call last)" in outcome.errors
+    assert "CatalogError: source" in outcome.errors.splitlines()[-1]
