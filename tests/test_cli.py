@@ -666,11 +666,3 @@ def test_no_network_is_one_line_and_status_1(shared_galaxy_folder, tmp_path):
     assert outcome.errors.splitlines()[-1] == outcome.complaints[0]
     assert "'astronomer/encoder' is no folder here, is not in the cache, and the Hub could not be" in outcome.errors
     assert "Traceback" not in outcome.errors
-
-
-def test_debug_of_the_installed_command_prints_the_traceback(tmp_path):
-    options = finetune_options(tmp_path / "nowhere", "E", tmp_path / "out")
-    outcome = run_process(*options, "--debug")
-    assert outcome.status == 1
-    assert "Traceback (most recent call last)" in outcome.errors
-    assert "CatalogError: source" in outcome.errors.splitlines()[-1]

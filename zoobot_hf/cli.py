@@ -1,10 +1,11 @@
 """The command `zoobot-hf`: each subcommand is one call into the library."""
 
 import argparse
+import contextlib
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -43,10 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The command line without the program's name; the process's own when absent.
     """
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return int(options.command(options))
+        with _log_on_stdout():
+            return int(options.command(options))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         if options.debug:
             raise
@@ -58,6 +58,18 @@ def main(arguments: list[str] | None = None) -> int:
         advice = "; go on with --resume" if options.command is _finetune else ""
         _complain(f"interrupted{advice}")
         return 130  # what shells give for SIGINT
+
+
+@contextlib.contextmanager
+def _log_on_stdout() -> Iterator[None]:
+    # The package's log alone: the libraries' loggers have handlers of their own, and would say everything twice.
+    logger, handler = logging.getLogger(__package__), logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _complain(message: str) -> None:

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 from transformers import TrainerCallback
 
 from zoobot_hf import (
@@ -208,6 +210,24 @@ def test_an_unreadable_image_stops_before_training_and_is_named(run, rings, tmp_
     with pytest.raises(ValueError, match=f"1 of {len(rings['train'])} images can't be read: .*{Path(path).name}"):
         run("out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_several_labels_and_values_are_learned_with_gaps(problem_type, processor, galaxy_folder, tmp_path):
+    catalog = read_catalog(galaxy_folder / "catalog.csv")
+    catalog["bar"] = [float("nan") if index % 3 == 0 else index % 2 for index in range(len(catalog))]
+    dataset = catalog_to_dataset(catalog, label_column=["ring", "bar"], problem_type=problem_type)
+    tiny_model("batch_norm").save_pretrained(tmp_path / "encoder")
+    model = ZoobotForImageClassification.from_pretrained(
+        tmp_path / "encoder", label_names=["ring", "bar"], problem_type=problem_type
+    )
+    arguments = {"frozen": FrozenStageArguments(**SETTINGS), "unfrozen": UnfrozenStageArguments(**SETTINGS)}
+    finetuned = finetune(model, processor, split_dataset(dataset, seed=0), tmp_path / "out", **arguments)
+    assert all(math.isfinite(stage.validation_loss) for stage in finetuned.stages)
+    prefix = "predicted" if problem_type == "regression" else "probability"
+    table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert table.columns.tolist() == ["id_str", f"{prefix}_ring", f"{prefix}_bar"]
+    assert table.notna().all().all()
 
 
 SCRIPT = """

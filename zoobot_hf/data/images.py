@@ -31,11 +31,12 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     if source == b"" or (not isinstance(source, bytes) and Path(source).is_file() and not Path(source).stat().st_size):
         raise UnreadableImageError("the file is empty")
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        # PIL only warns up to twice its limit. Turning that into an error would not be safe in several threads.
-        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError
-        image.load()
+        # The file is closed also where the image can't be decoded; the pixels stay.
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            # PIL only warns up to twice its limit. Turning that into an error would not be safe in several threads.
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
     except FileNotFoundError as error:
         raise UnreadableImageError("there is no such file") from error
     except UnidentifiedImageError as error:

@@ -127,7 +127,7 @@ def _as_config(encoder_config: PreTrainedConfig | dict[str, Any] | None) -> PreT
     model_type = settings.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == ZoobotConfig.model_type:
         # An encoder's code is never taken from a repository: only the classes of transformers are built.
-        raise ValueError(f"encoder_config has model_type {model_type!r}, which is no encoder that this version of transformers has.")
+        raise ValueError(f"encoder_config has model_type {model_type!r}, but this transformers has no such encoder.")
     return CONFIG_MAPPING[model_type].from_dict(settings)
 
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +119,8 @@ def load_encoder(folder: Path, *, dtype: torch.dtype | None = None) -> LoadedEnc
 
     Raises:
         OSError: The folder holds no model.
-        ValueError: The checkpoint lacks weights of the encoder, or its code isn't in transformers.
+        ValueError: The checkpoint lacks weights of the encoder or holds other objects, or the encoder's code isn't in
+            transformers.
     """
     settings = read_configuration(folder)
     config = _timm_configuration(settings, folder) if _has_timm_layout(settings) else _own_configuration(folder)
@@ -189,12 +191,26 @@ def _input_channels(folder: Path) -> int | None:
         with safe_open(str(safetensors_path), framework="pt") as weights:
             shapes = [tuple(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118
     elif bin_path.is_file():
-        shapes = [tuple(tensor.shape) for tensor in torch.load(bin_path, weights_only=True, mmap=True).values()]
+        shapes = [tuple(tensor.shape) for tensor in _read_bin(bin_path).values()]
     else:
         return None
     channels = {shape[1] for shape in shapes if len(shape) == 4} & {1, 3}
     # Depthwise convolutions have one input channel as well, so 3 wins where both are there.
     return max(channels, default=None)
+
+
+def _read_bin(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file; one with anything else in it is refused before any of it is run."""
+    try:
+        content = torch.load(path, weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path.name} is damaged or holds other objects than weights, whose code is never run; ask for its "
+            "weights as safetensors."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise ValueError(f"{path.name} holds no plain weights by name; ask for its weights as safetensors.")
+    return content
 
 
 def image_processor_for(

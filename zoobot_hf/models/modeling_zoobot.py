@@ -132,6 +132,19 @@ class ZoobotPreTrainedModel(PreTrainedModel):
         model.base_model.encoder = encoder
         return model.eval()
 
+    @classmethod
+    def _from_own_repository(cls, source: "_Checkpoint") -> Self:
+        """A model with all of its weights from a zoobot_hf repository."""
+        keywords = {**source.other_arguments, "config": source.wanted_config(), "output_loading_info": True}
+        model, report = super().from_pretrained(str(source.folder), use_safetensors=True, **keywords)
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"the checkpoint of {source.name} lacks {len(missing)} of the model's weights "
+                f"({', '.join(missing[:5])}); config.json and weights do not belong together."
+            )
+        return cast(Self, model)
+
 
 class ZoobotModel(ZoobotPreTrainedModel):
     """An encoder, image to embedding.
@@ -168,10 +181,7 @@ class ZoobotModel(ZoobotPreTrainedModel):
             ValueError: The checkpoint doesn't fit its configuration.
         """
         source = _Checkpoint.find(pretrained_model_name_or_path, kwargs)
-        if source.is_ours:
-            keywords = {"config": source.updated_config(), **source.other_arguments}
-            return cast(Self, super().from_pretrained(str(source.folder), use_safetensors=True, **keywords))
-        return cls._around(*source.load_foreign_encoder())
+        return cls._from_own_repository(source) if source.is_ours else cls._around(*source.load_foreign_encoder())
 
     def forward(self, pixel_values: Tensor) -> ZoobotModelOutput:
         """The embeddings of a batch of images.
@@ -226,19 +236,16 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
         """
         source = _Checkpoint.find(pretrained_model_name_or_path, kwargs)
         if source.is_ours and not source.asks_for_new_head():
-            keywords = {"config": source.updated_config(), **source.other_arguments}
-            logger.info("Loaded %s with its head: %s.", source.name, ", ".join(keywords["config"].label_names))
-            return cast(Self, super().from_pretrained(str(source.folder), use_safetensors=True, **keywords))
+            model = cls._from_own_repository(source)
+            logger.info("Loaded %s with its head: %s.", source.name, ", ".join(source.wanted_config().label_names))
+            return model
         if source.is_ours:
-            config = source.updated_config()
-            # What is known of the old head's training says nothing about the new head.
-            config.sky_prevalence = config.training_prevalence = None
-            encoder = ZoobotModel.from_pretrained(source.folder, config=config, **source.other_arguments).encoder
+            encoder, config = ZoobotModel._from_own_repository(source).encoder, source.wanted_config()
             logger.info("Loaded the encoder of %s; its old head was left out.", source.name)
         else:
             encoder, config = source.load_foreign_encoder()
         model = cls._around(encoder, config)
-        model.head = build_head(config).eval()
+        model.head = build_head(config).to(encoder.dtype).eval()
         logger.info("The %s head is new, to be trained: %s.", config.head_type, ", ".join(config.label_names))
         return model
 
@@ -271,15 +278,18 @@ CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label
     "kwargs",
 }
 HEAD_FIELDS = ("id2label", "problem_type", "head_type", "head_hidden_size")
+# What is known of an old head's classes and training says nothing about a new head.
+FIELDS_OF_OLD_HEAD = ("class_weights", "sky_prevalence", "training_prevalence")
 
 
 @dataclass
 class _Checkpoint:
-    """What from_pretrained was given, sorted."""
+    """What from_pretrained was given, sorted. `saved_config` is None for an encoder that isn't a zoobot_hf one."""
 
     name: str
     folder: Path
-    config: ZoobotConfig | None
+    saved_config: ZoobotConfig | None
+    given_config: ZoobotConfig | None
     fields: dict[str, Any]
     other_arguments: dict[str, Any]
 
@@ -297,26 +307,34 @@ class _Checkpoint:
             fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
             fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
         folder = local_copy(name_or_path, **hub_arguments)
-        if config is None and read_configuration(folder).get("model_type") == ZoobotConfig.model_type:
-            config = ZoobotConfig.from_pretrained(str(folder))
+        is_ours = read_configuration(folder).get("model_type") == ZoobotConfig.model_type
+        saved_config = ZoobotConfig.from_pretrained(str(folder)) if is_ours else None
         name = str(name_or_path) if not Path(name_or_path).is_dir() else Path(name_or_path).resolve().name
-        return cls(name, folder, config, fields, arguments)
+        return cls(name, folder, saved_config, config, fields, arguments)
 
     @property
     def is_ours(self) -> bool:
-        return self.config is not None
+        return self.saved_config is not None
 
-    def updated_config(self) -> ZoobotConfig:
-        assert self.config is not None
-        return ZoobotConfig.from_dict({**self.config.to_dict(), **self.fields})
+    def wanted_config(self) -> ZoobotConfig:
+        assert self.saved_config is not None
+        saved = self.saved_config
+        settings = (self.given_config or saved).to_dict()
+        if self.asks_for_new_head():
+            settings |= {name: None for name in FIELDS_OF_OLD_HEAD if settings[name] == getattr(saved, name)}
+        return ZoobotConfig.from_dict({**settings, **self.fields})
 
     def asks_for_new_head(self) -> bool:
+        # The Auto classes put changed labels into the configuration that they give, so the saved one decides.
+        given = self.given_config or self.saved_config
         return any(
-            getattr(self.config, name) != self.fields.get(name, getattr(self.config, name)) for name in HEAD_FIELDS
+            self.fields.get(name, getattr(given, name)) != getattr(self.saved_config, name) for name in HEAD_FIELDS
         )
 
     def load_foreign_encoder(self) -> tuple[PreTrainedModel, ZoobotConfig]:
         unknown = set(self.other_arguments) - {"dtype"}
+        if self.given_config is not None:
+            unknown.add("config")
         if unknown:
             raise ValueError(
                 f"from_pretrained got {', '.join(sorted(unknown))}; for an encoder it takes dtype, label_names, "

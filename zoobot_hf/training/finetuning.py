@@ -213,7 +213,7 @@ def _measure(
     validation = trainer.predict(dataset["validation"], metric_key_prefix="validation")
     test = trainer.predict(dataset["test"], metric_key_prefix="test")
     arguments = trainer.args
-    shown = [name for name in SHOWN_ARGUMENTS if name in arguments.__dataclass_fields__]
+    shown = [name for name in SHOWN_ARGUMENTS if getattr(arguments, name, None) is not None]
     compute = metrics_for_trainer(problem_type, include_confusion=problem_type != "regression")
     return StageResult(
         name=name,

@@ -1,0 +1,194 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from zoobot_hf import ZoobotConfig
+from zoobot_hf.models.heads import apply_unit_interval, build_head, head_loss, probabilities_from_logits
+
+LOGITS = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.0, -0.5]])
+CLASSES = torch.tensor([2, 1])
+NAN = float("nan")
+
+
+def config_of(problem_type="single_label_classification", **fields):
+    labels = {0: "smooth", 1: "disk", 2: "ring"}
+    return ZoobotConfig(problem_type=problem_type, id2label=labels, embedding_size=4, **fields)
+
+
+def loss_of(logits, labels, config, *, training=False):
+    return head_loss(logits, labels, config, training=training).item()
+
+
+# Heads ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_head_is_dropout_and_one_layer():
+    head = build_head(config_of(head_dropout=0.3))
+    assert [type(layer) for layer in head] == [nn.Dropout, nn.Linear]
+    assert head[0].p == 0.3
+    assert head(torch.zeros(5, 4)).shape == (5, 3)
+
+
+def test_an_mlp_head_has_one_hidden_layer():
+    head = build_head(config_of(head_type="mlp", head_hidden_size=7))
+    assert [type(layer) for layer in head] == [nn.Dropout, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert head[1].weight.shape == (7, 4)
+    assert head(torch.zeros(5, 4)).shape == (5, 3)
+
+
+# Single label ---------------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_by_hand():
+    config = config_of()
+    first = math.log(math.exp(0.5) + math.exp(-1) + math.exp(2)) - 2
+    second = math.log(math.exp(1.5) + 1 + math.exp(-0.5)) - 0
+    assert loss_of(LOGITS, CLASSES, config) == pytest.approx((first + second) / 2, abs=1e-6)
+
+
+def test_class_weights_count_in_training_and_in_validation():
+    config = config_of(class_weights=[1, 3, 0.5])
+    losses = functional.cross_entropy(LOGITS, CLASSES, reduction="none")
+    expected = (0.5 * losses[0] + 3 * losses[1]) / 3.5
+    assert loss_of(LOGITS, CLASSES, config, training=True) == pytest.approx(expected.item(), abs=1e-6)
+    assert loss_of(LOGITS, CLASSES, config, training=False) == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_label_smoothing_counts_in_training_only():
+    config = config_of(label_smoothing=0.3)
+    logarithms = LOGITS.log_softmax(-1)
+    targets = torch.tensor([[0.1, 0.1, 0.8], [0.1, 0.8, 0.1]])
+    assert loss_of(LOGITS, CLASSES, config, training=True) == pytest.approx(
+        -(targets * logarithms).sum(-1).mean().item(), abs=1e-6
+    )
+    assert loss_of(LOGITS, CLASSES, config) == pytest.approx(loss_of(LOGITS, CLASSES, config_of()))
+
+
+@pytest.mark.parametrize("classes", [[0, 3], [-1, 2]])
+def test_a_class_that_the_model_lacks_is_refused(classes):
+    message = f"labels run from {min(classes)} to {max(classes)}; the model has 3, from 0 to 2: smooth, disk, ring"
+    with pytest.raises(ValueError, match=message):
+        loss_of(LOGITS, torch.tensor(classes), config_of())
+
+
+def test_one_hot_labels_are_refused_for_a_single_label():
+    with pytest.raises(ValueError, match=r"labels have the shape \(2, 3\); give each galaxy one class index"):
+        loss_of(LOGITS, torch.zeros(2, 3), config_of())
+
+
+def test_the_loss_of_half_precision_logits_is_float32():
+    loss = head_loss(LOGITS.bfloat16(), CLASSES, config_of(), training=True)
+    assert loss.dtype == torch.float32
+
+
+# Several labels -------------------------------------------------------------------------------------------------
+
+
+def test_binary_cross_entropy_by_hand():
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    probabilities = 1 / (1 + torch.exp(-LOGITS))
+    expected = -torch.where(labels == 1, probabilities.log(), (1 - probabilities).log()).mean()
+    config = config_of("multi_label_classification")
+    assert loss_of(LOGITS, labels, config) == pytest.approx(expected.item(), abs=1e-6)
+    assert loss_of(LOGITS, labels.long(), config) == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_smoothing_pulls_several_labels_towards_one_half():
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    config = config_of("multi_label_classification", label_smoothing=0.2)
+    expected = functional.binary_cross_entropy_with_logits(LOGITS, labels * 0.8 + 0.1)
+    assert loss_of(LOGITS, labels, config, training=True) == pytest.approx(expected.item(), abs=1e-6)
+    unsmoothed = functional.binary_cross_entropy_with_logits(LOGITS, labels)
+    assert loss_of(LOGITS, labels, config) == pytest.approx(unsmoothed.item(), abs=1e-6)
+
+
+def test_class_weights_weigh_each_of_several_labels():
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    losses = functional.binary_cross_entropy_with_logits(LOGITS, labels, reduction="none")
+    config = config_of("multi_label_classification", class_weights=[1, 2, 4])
+    expected = (losses * torch.tensor([1, 2, 4])).mean()
+    assert loss_of(LOGITS, labels, config) == pytest.approx(expected.item(), abs=1e-6)
+
+
+# Regression -----------------------------------------------------------------------------------------------------
+
+
+def test_mean_squared_error_by_hand():
+    labels = torch.tensor([[0.0, -1.0, 1.0], [1.5, 1.0, 0.0]])
+    expected = (0.25 + 0 + 1 + 0 + 1 + 0.25) / 6
+    assert loss_of(LOGITS, labels, config_of("regression")) == pytest.approx(expected)
+
+
+def test_class_weights_weigh_each_output():
+    labels = torch.tensor([[0.0, -1.0, 1.0], [1.5, 1.0, 0.0]])
+    config = config_of("regression", class_weights=[1, 2, 4])
+    assert loss_of(LOGITS, labels, config) == pytest.approx((0.25 + 4 * 1 + 2 * 1 + 4 * 0.25) / 6)
+
+
+def test_in_the_unit_interval_the_error_is_that_of_the_sigmoid():
+    labels = torch.rand(2, 3)
+    config = config_of("regression", unit_interval=True)
+    expected = functional.mse_loss(LOGITS.sigmoid(), labels)
+    assert loss_of(LOGITS, labels, config) == pytest.approx(expected.item())
+
+
+def test_the_unit_interval_is_a_sigmoid_only_where_it_is_asked_for():
+    assert torch.equal(apply_unit_interval(LOGITS, config_of("regression", unit_interval=True)), LOGITS.sigmoid())
+    assert torch.equal(apply_unit_interval(LOGITS, config_of("regression")), LOGITS)
+
+
+# Unknown labels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_unknown_labels_do_not_count(problem_type):
+    config = config_of(problem_type)
+    known = loss_of(LOGITS[:, :1], torch.tensor([[1.0], [0.0]]), config)
+    assert loss_of(LOGITS, torch.tensor([[1, NAN, NAN], [0, NAN, NAN]]), config) == pytest.approx(known)
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize("unit_interval", [False, True])
+def test_an_unknown_label_has_no_gradient(problem_type, unit_interval):
+    logits = LOGITS.clone().requires_grad_()
+    labels = torch.tensor([[1.0, NAN, 0.0], [NAN, NAN, 1.0]])
+    head_loss(logits, labels, config_of(problem_type, unit_interval=unit_interval), training=True).backward()
+    assert logits.grad.isfinite().all()
+    assert torch.equal(logits.grad == 0, labels.isnan())
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_a_batch_without_a_known_label_has_no_loss(problem_type):
+    logits = LOGITS.clone().requires_grad_()
+    loss = head_loss(logits, torch.full((2, 3), NAN), config_of(problem_type), training=True)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_labels_of_another_shape_are_refused(problem_type):
+    message = r"labels have the shape \(2,\) and the model's outputs \(2, 3\); .* NaN where it is unknown"
+    with pytest.raises(ValueError, match=message):
+        loss_of(LOGITS, CLASSES, config_of(problem_type))
+
+
+# Probabilities --------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_of_a_single_label_sum_to_1():
+    probabilities = probabilities_from_logits(LOGITS.bfloat16(), config_of())
+    assert probabilities.dtype == torch.float32
+    assert torch.allclose(probabilities.sum(-1), torch.ones(2))
+    assert torch.equal(probabilities_from_logits(LOGITS, config_of()), LOGITS.softmax(-1))
+
+
+def test_probabilities_of_several_labels_are_independent():
+    assert torch.equal(probabilities_from_logits(LOGITS, config_of("multi_label_classification")), LOGITS.sigmoid())
+
+
+def test_a_regressions_values_are_left_alone():
+    assert torch.equal(probabilities_from_logits(LOGITS, config_of("regression")), LOGITS)
