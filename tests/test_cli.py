@@ -235,6 +235,20 @@ def test_a_run_is_pushed_and_predicts_from_the_hub(
     pd.testing.assert_frame_equal(*tables)
 
 
+def test_a_split_without_a_class_is_reported_after_resume(model_folder, galaxy_folder, tmp_path, zoobot_hf):
+    for index in range(40):
+        split = "test" if index < 4 else "validation" if index < 12 else "train"
+        label = "ring" if index % 2 and split != "test" else "none"
+        target = tmp_path / "folder" / split / label / f"galaxy_{index:02d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(galaxy_folder / "images" / target.name, target)
+    options = finetune_options(tmp_path / "folder", model_folder, tmp_path / "out", unfrozen_epochs=0)
+    for more in ([], ["--resume"]):
+        outcome = zoobot_hf(*options, *more)
+        assert outcome.status == 0
+        assert re.search(r"\nfrozen \(kept\) +\d\.\d{3} +nan", outcome.output)
+
+
 # predict -----------------------------------------------------------------------------------------------------------
 
 
@@ -666,3 +680,61 @@ def test_no_network_is_one_line_and_status_1(shared_galaxy_folder, tmp_path):
     assert outcome.errors.splitlines()[-1] == outcome.complaints[0]
     assert "'astronomer/encoder' is no folder here, is not in the cache, and the Hub could not be" in outcome.errors
     assert "Traceback" not in outcome.errors
+
+
+def test_a_run_stopped_by_a_bad_image_starts_when_it_is_mended(galaxy_folder, encoder_folder, tmp_path, zoobot_hf):
+    image = galaxy_folder / "images" / "galaxy_03.png"
+    whole = image.read_bytes()
+    image.write_bytes(b"")
+    options = finetune_options(galaxy_folder, encoder_folder, tmp_path / "out", unfrozen_epochs=0)
+    assert zoobot_hf(*options).status == 1
+    image.write_bytes(whole)
+    assert zoobot_hf(*options).status == 0
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_other_files_in_the_output_folder_are_never_lost(
+    overwrite, shared_galaxy_folder, encoder_folder, tmp_path, refused
+):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "README.md").write_text("My thesis")
+    line = refused(*finetune_options(shared_galaxy_folder, encoder_folder, folder), *overwrite)
+    assert "holds files that are not a run's, and would lose them" in line
+    assert contents(folder) == {"README.md": b"My thesis"}
+
+
+def test_demo_does_not_delete_what_it_did_not_make(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("zoobot_hf.cli.DEMO_GALAXIES", 12)
+    (tmp_path / "thesis.tex").write_text("My thesis")
+    assert "holds files that are not a run's" in refused("demo", "--output_dir", tmp_path, "--device=cpu")
+    assert (tmp_path / "thesis.tex").read_text() == "My thesis"
+
+
+def test_an_overwriting_run_that_can_not_start_leaves_the_old_one(run_folder, galaxy_folder, encoder_folder, refused):
+    before = contents(run_folder.parent)
+    (galaxy_folder / "images" / "galaxy_03.png").write_bytes(b"")
+    assert "the file is empty" in refused(*finetune_options(galaxy_folder, encoder_folder, run_folder), "--overwrite")
+    assert contents(run_folder.parent) == before
+
+
+def test_the_output_folder_may_be_the_one_we_are_in(
+    shared_galaxy_folder, encoder_folder, tmp_path, zoobot_hf, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert zoobot_hf(*finetune_options(shared_galaxy_folder, encoder_folder, ".", unfrozen_epochs=0)).status == 0
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+    assert (tmp_path / "here-checkpoints").is_dir()
+
+
+def test_a_file_is_no_output_folder(shared_galaxy_folder, encoder_folder, tmp_path, refused):
+    (tmp_path / "file").write_text("mine")
+    line = refused(*finetune_options(shared_galaxy_folder, encoder_folder, tmp_path / "file"))
+    assert re.search(r"output_dir is .*file, which is a file; choose a folder", line)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_too_many_blocks_are_refused_before_training(shared_galaxy_folder, encoder_folder, tmp_path, refused):
+    refused(*finetune_options(shared_galaxy_folder, encoder_folder, tmp_path / "out", last_blocks=99))
+    assert list(tmp_path.iterdir()) == []

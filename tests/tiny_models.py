@@ -37,4 +37,10 @@ def tiny_model(name):
     torch.manual_seed(0)
     labels = {0: "not ring", 1: "ring"}
     config = ZoobotConfig(ENCODERS[name], id2label=labels, label2id={name: i for i, name in labels.items()})
-    return ZoobotForImageClassification(config).eval()
+    model = ZoobotForImageClassification(config).eval()
+    if name == "timm":
+        # From the weights that transformers starts with, so many layers give every image the same embedding.
+        for parameter in model.encoder.parameters():
+            if parameter.ndim == 4:
+                torch.nn.init.kaiming_normal_(parameter)
+    return model

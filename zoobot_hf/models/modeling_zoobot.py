@@ -174,7 +174,7 @@ class ZoobotModel(ZoobotPreTrainedModel):
             pretrained_model_name_or_path: A local folder or a Hub id.
             *model_args: None are taken.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; fields of
-                `ZoobotConfig`; for a zoobot_hf repository whatever transformers takes.
+                `ZoobotConfig`; for a zoobot_hf repository whatever else transformers takes, but `output_loading_info`.
 
         Raises:
             OSError: No such folder or repository, or no network.
@@ -195,7 +195,9 @@ class ZoobotModel(ZoobotPreTrainedModel):
             return ZoobotModelOutput(output.pooler_output.flatten(1))
         if self.config.pooling == "first_token":
             return ZoobotModelOutput(output.last_hidden_state[:, 0])
-        return ZoobotModelOutput(output.last_hidden_state.flatten(2).mean(-1))
+        # Tokens are (batch, tokens, size), a convolutional encoder's pixels (batch, size, height, width).
+        tokens = output.last_hidden_state
+        return ZoobotModelOutput(tokens.mean(1) if tokens.ndim == 3 else tokens.mean((2, 3)))
 
 
 class ZoobotForImageClassification(ZoobotPreTrainedModel):
@@ -228,7 +230,7 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
             *model_args: None are taken.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `label_names` (or
                 transformers' `id2label` or `num_labels`) and other fields of `ZoobotConfig`; for a zoobot_hf
-                repository whatever transformers takes.
+                repository whatever else transformers takes, but `output_loading_info`.
 
         Raises:
             OSError: No such folder or repository, or no network.

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from safetensors.torch import load_model
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -37,6 +37,7 @@ from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, check_labels
 logger = logging.getLogger(__name__)
 
 BEST_FOLDER = "best"
+RUN_FILE = "run.json"
 # What the model card says of a stage.
 SHOWN_ARGUMENTS = (
     "learning_rate",
@@ -141,13 +142,16 @@ def finetune(
     """
     tune_memory_allocator()
     output_dir = Path(output_dir)
-    work_dir = output_dir.with_name(f"{output_dir.name}-checkpoints")
+    # Resolved, because "." and ".." have no name that the checkpoints' folder could be called after.
+    work_dir = output_dir.resolve().with_name(f"{output_dir.resolve().name}-checkpoints")
     frozen, unfrozen = frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
     for split in dataset.values():
         check_labels(split, model)
-    _claim_output(output_dir, work_dir, resume=resume, overwrite=overwrite)
-    for name, split in dataset.items():
-        check_images(split, description=f"checking {name} images")
+    if not skip_unfrozen and unfrozen.last_blocks is not None:
+        model.unfreeze_encoder(unfrozen.last_blocks)  # raises now what it would raise after the frozen stage
+    _check_output(output_dir, work_dir, resume=resume, overwrite=overwrite)
+    check_images(concatenate_datasets([split.select_columns(["id_str", "image"]) for split in dataset.values()]))
+    _claim_output(output_dir, work_dir, delete_first=overwrite)
     _check_same_run(work_dir, _fingerprint(model, processor, dataset, (frozen, unfrozen), balance))
     counts = _count_labels(dataset)
     dataset = _with_prevalence(model, dataset, balance=balance, seed=frozen.seed)
@@ -228,24 +232,36 @@ def _measure(
     )
 
 
-def _claim_output(output_dir: Path, work_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    holds_run = (output_dir / "config.json").exists() or work_dir.exists()
+def _check_output(output_dir: Path, work_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuses an output folder whose files are not to be lost; changes nothing."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise NotADirectoryError(f"output_dir is {output_dir}, which is a file; choose a folder.")
+    is_finished = (output_dir / METRICS).is_file() and (output_dir / "config.json").is_file()
+    holds_run = is_finished or (work_dir / RUN_FILE).is_file()
+    if not holds_run and any(folder.is_dir() and any(folder.iterdir()) for folder in (output_dir, work_dir)):
+        raise FileExistsError(
+            f"{output_dir} or {work_dir} holds files that are not a run's, and would lose them; choose a new folder."
+        )
     if holds_run and not (resume or overwrite):
         raise FileExistsError(
             f"{output_dir} already holds a run; go on with it (resume=True, --resume), start anew and delete it "
             "(overwrite=True, --overwrite), or choose another output_dir."
         )
+
+
+def _claim_output(output_dir: Path, work_dir: Path, *, delete_first: bool) -> None:
     # Every process looks before the first one writes.
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        for folder in (output_dir, work_dir) if overwrite and not resume else ():
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (output_dir, work_dir):
+            if delete_first and folder.is_dir():
+                shutil.rmtree(folder)
         work_dir.mkdir(parents=True, exist_ok=True)
     PartialState().wait_for_everyone()
 
 
 def _check_same_run(work_dir: Path, fingerprint: dict[str, Any]) -> None:
-    path = work_dir / "run.json"
+    path = work_dir / RUN_FILE
     earlier = json.loads(path.read_text()) if path.is_file() else fingerprint
     changed = [name for name, value in fingerprint.items() if earlier.get(name) != value]
     if changed:
