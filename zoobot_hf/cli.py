@@ -217,6 +217,7 @@ def _demo(options: argparse.Namespace) -> int:
     model = ZoobotForImageClassification(small_encoder_config(dataset["train"].features["label"].names))
     processor = ZoobotImageProcessor(DEMO_PIXELS, zoom=DEFAULT_ZOOM)
     frozen, _ = _stage_arguments(options)
+    frozen.num_train_epochs = 5
     unfrozen = unfrozen_arguments_from_scratch(seed=options.seed, use_cpu=options.device == "cpu")
     finetuned = finetune(
         model,

@@ -79,19 +79,19 @@ def test_what_is_no_image_is_called_so(content, tmp_path):
     path = tmp_path / "galaxy.png"
     path.write_bytes(content)
     for source in (path, content):
-        with pytest.raises(UnreadableImageError, match="^it is not an image in a format that PIL knows$"):
+        with pytest.raises(UnreadableImageError, match=r"^it is not an image in a format that PIL knows$"):
             open_image(source)
 
 
 def test_an_empty_file_is_called_empty(tmp_path):
     (tmp_path / "galaxy.png").touch()
     for source in (tmp_path / "galaxy.png", str(tmp_path / "galaxy.png"), b""):
-        with pytest.raises(UnreadableImageError, match="^the file is empty$"):
+        with pytest.raises(UnreadableImageError, match=r"^the file is empty$"):
             open_image(source)
 
 
 def test_a_missing_file_is_called_missing(tmp_path):
-    with pytest.raises(UnreadableImageError, match="^there is no such file$"):
+    with pytest.raises(UnreadableImageError, match=r"^there is no such file$"):
         open_image(tmp_path / "galaxy.png")
 
 
@@ -125,7 +125,7 @@ def test_a_raised_limit_is_respected(monkeypatch, galaxy, tmp_path):
     assert open_image(saved(galaxy, tmp_path / "galaxy.png")).size == galaxy.size
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "bmp", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "bmp", "webp", "avif"])
 def test_damage_anywhere_is_an_image_or_the_one_error(suffix, galaxy, tmp_path):
     intact = saved(galaxy, tmp_path / f"galaxy.{suffix}").read_bytes()
     generator = np.random.default_rng(0)

@@ -97,7 +97,7 @@ def test_class_weights_are_one_for_each_label():
 
 @pytest.mark.parametrize("weights", [3, "abc", [1, 2, -1], [1, 2, "three"], [1, 2, float("nan")]])
 def test_class_weights_are_numbers(weights):
-    with pytest.raises(ValueError, match="class_weights is .*; give a list of numbers of at least 0"):
+    with pytest.raises(ValueError, match=r"class_weights is .*; give a list of numbers of at least 0"):
         config_of(class_weights=weights)
 
 
@@ -106,15 +106,34 @@ def test_labels_are_numbered_from_0():
         config_of(id2label={1: "not ring", 2: "ring"})
 
 
+@pytest.mark.parametrize("labels", [["not ring", "ring"], 3, "ring"])
+def test_labels_of_another_type_are_refused(labels):
+    with pytest.raises(ValueError, match=r"id2label is .*; give a dictionary from numbers to names"):
+        config_of(id2label=labels)
+
+
+@pytest.mark.parametrize("name", ["sky_prevalence", "training_prevalence"])
+@pytest.mark.parametrize("shares", [0.5, [0.5, 0.5], {"ring": 1.5}, {"ring": "rare"}, {"ring": float("nan")}])
+def test_a_prevalence_is_a_share_for_each_label(name, shares):
+    with pytest.raises(ValueError, match=rf"{name} is .*; give each label's share, from 0 to 1, by its name"):
+        config_of(**{name: shares})
+
+
+@pytest.mark.parametrize("fields", [{"hidden_sizes": "wide"}, {"depths": {"a": 1}}, {"num_channels": "three"}])
+def test_fields_of_the_encoder_of_another_type_are_refused(fields):
+    with pytest.raises(ValueError, match=rf"encoder_config is no convnext configuration: .*{next(iter(fields))}"):
+        ZoobotConfig({"model_type": "convnext", **fields})
+
+
 @pytest.mark.parametrize("model_type", ["galaxy-net", None, ["convnext"], "zoobot"])
 def test_an_encoder_that_transformers_lacks_is_refused(model_type):
-    with pytest.raises(ValueError, match="encoder_config has model_type .* no such encoder"):
+    with pytest.raises(ValueError, match=r"encoder_config has model_type .* no such encoder"):
         ZoobotConfig({"model_type": model_type, "hidden_size": 8})
 
 
 @pytest.mark.parametrize("encoder_config", ["convnext", 3, ["convnext"]])
 def test_an_encoder_configuration_of_another_type_is_refused(encoder_config):
-    with pytest.raises(ValueError, match="encoder_config is .*; give a transformers configuration or its dictionary"):
+    with pytest.raises(ValueError, match=r"encoder_config is .*; give a transformers configuration or its dictionary"):
         ZoobotConfig(encoder_config)
 
 

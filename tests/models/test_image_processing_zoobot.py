@@ -246,13 +246,13 @@ def test_auto_image_processor_loads_it(tmp_path):
 
 @pytest.mark.parametrize("size", [0, -5, {"height": 8, "width": 9}, {"shortest_edge": 224}])
 def test_a_size_that_is_not_square_is_refused(size):
-    with pytest.raises(ValueError, match="size is .*; give an equal, positive height and width"):
+    with pytest.raises(ValueError, match=r"size is .*; give an equal, positive height and width"):
         ZoobotImageProcessor(size)
 
 
 @pytest.mark.parametrize("zoom", [0.9, 0, float("nan"), float("inf")])
 def test_a_zoom_below_1_is_refused(zoom):
-    with pytest.raises(ValueError, match="zoom is .*; give 1 for the whole image or more"):
+    with pytest.raises(ValueError, match=r"zoom is .*; give 1 for the whole image or more"):
         ZoobotImageProcessor(8, zoom=zoom)
 
 

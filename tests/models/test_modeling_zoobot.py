@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, MobileNetV2Config, ViTConfig, pipeline
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotModel
 
@@ -102,8 +102,8 @@ def test_a_model_without_an_encoder_is_refused():
 
 
 def test_an_encoder_whose_size_cannot_be_known_asks_for_it():
-    encoder_config = LevitConfig(hidden_sizes=[], num_attention_heads=[], depths=[], key_dim=[])
-    with pytest.raises(ValueError, match="embedding size of a 'levit' encoder is not known; give embedding_size"):
+    encoder_config = MobileNetV2Config(depth_multiplier=0.1, image_size=32)
+    with pytest.raises(ValueError, match="size of a 'mobilenet_v2' encoder is not known; give embedding_size"):
         ZoobotModel(ZoobotConfig(encoder_config))
 
 
@@ -197,8 +197,33 @@ def test_a_checkpoint_that_lacks_weights_is_an_error(layer_norm_model, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["head.1.bias"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    message = rf"the checkpoint of {tmp_path.name} lacks 1 of the model's weights \(head\.1\.bias\)"
+    message = rf"the checkpoint of {tmp_path.name} lacks 1 of the model's weights .* \(head\.1\.bias\); "
     with pytest.raises(ValueError, match=message):
+        ZoobotForImageClassification.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_shape_are_an_error(layer_norm_model, tmp_path):
+    layer_norm_model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["head.1.weight"] = torch.zeros(5, 16)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"or has them in another shape \(head\.1\.weight\); config\.json and weights"):
+        ZoobotForImageClassification.from_pretrained(tmp_path)
+
+
+def test_damaged_weights_are_an_error(layer_norm_model, tmp_path):
+    layer_norm_model.save_pretrained(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=r"the model's weights, model\.safetensors, are damaged \(.*\); copy or"):
+        ZoobotForImageClassification.from_pretrained(tmp_path)
+
+
+def test_our_weights_are_read_as_safetensors_only(layer_norm_model, tmp_path):
+    layer_norm_model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(layer_norm_model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         ZoobotForImageClassification.from_pretrained(tmp_path)
 
 

@@ -43,8 +43,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         raise UnreadableImageError("it is not an image in a format that PIL knows") from error
     except Image.DecompressionBombError as error:
         raise UnreadableImageError("it has over 89 million pixels and may be a decompression bomb") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        # PIL's decoders raise any of these for damaged files, SyntaxError among them.
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
+        # PIL's decoders raise any of these for damaged files, SyntaxError and (for AVIF) RuntimeError among them.
         raise UnreadableImageError(f"it is damaged: {error}") from error
     return image
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -57,6 +58,8 @@ class ZoobotConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("problem_type", "single_label_classification")
+        if not isinstance(kwargs.get("id2label") or {}, dict):
+            raise ValueError(f"id2label is {kwargs['id2label']!r}; give a dictionary from numbers to names.")
         super().__init__(**kwargs)
         self.encoder_config = _as_config(encoder_config)
         self.embedding_size = embedding_size
@@ -98,6 +101,15 @@ class ZoobotConfig(PreTrainedConfig):
             if not isinstance(width, int) or not 0 < width <= LARGEST_WIDTH:
                 raise ValueError(f"{name} is {width!r}; give a whole number from 1 to {LARGEST_WIDTH}.")
         self._check_labels()
+        self._check_prevalences()
+
+    def _check_prevalences(self) -> None:
+        for name in ("sky_prevalence", "training_prevalence"):
+            shares = getattr(self, name)
+            if shares is None:
+                continue
+            if not isinstance(shares, dict) or not all(_is_number(s) and 0 <= s <= 1 for s in shares.values()):
+                raise ValueError(f"{name} is {shares!r}; give each label's share, from 0 to 1, by its name.")
 
     def _check_labels(self) -> None:
         if sorted(self.id2label) != list(range(self.num_labels)):
@@ -128,7 +140,10 @@ def _as_config(encoder_config: PreTrainedConfig | dict[str, Any] | None) -> PreT
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == ZoobotConfig.model_type:
         # An encoder's code is never taken from a repository: only the classes of transformers are built.
         raise ValueError(f"encoder_config has model_type {model_type!r}, but this transformers has no such encoder.")
-    return CONFIG_MAPPING[model_type].from_dict(settings)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(settings)
+    except StrictDataclassError as error:
+        raise ValueError(f"encoder_config is no {model_type} configuration: {error}") from error
 
 
 def small_encoder_config(label_names: list[str]) -> ZoobotConfig:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
@@ -34,6 +34,8 @@ DEFAULT_PIXELS = 224
 # had a ROC AUC of 0.73 to 0.75 at every zoom from 1 to 2.4.
 DEFAULT_ZOOM = 1.4
 SAFE_PATTERNS = ("*.json", "*.safetensors")
+
+Shape = tuple[int, ...]
 
 
 class LoadedEncoder(NamedTuple):
@@ -123,22 +125,38 @@ def load_encoder(folder: Path, *, dtype: torch.dtype | None = None) -> LoadedEnc
             transformers.
     """
     settings = read_configuration(folder)
-    config = _timm_configuration(settings, folder) if _has_timm_layout(settings) else _own_configuration(folder)
+    shapes = read_weight_shapes(folder)
+    config = _timm_configuration(settings, shapes) if _has_timm_layout(settings) else _own_configuration(folder)
     keywords: dict[str, Any] = {"config": config, "output_loading_info": True, "dtype": dtype or torch.float32}
+    keywords["ignore_mismatched_sizes"] = True  # they are in the report, and refused below
     model, report = AutoModel.from_pretrained(str(folder), **keywords)
     missing = sorted(report["missing_keys"])
     pooling = "pooler"
     if missing and all("pooler" in name for name in missing) and takes_pooling_argument(config):
         # A pooler that the checkpoint lacks would be random: read the first token instead, as ViT's classifiers do.
         model, report = AutoModel.from_pretrained(str(folder), add_pooling_layer=False, **keywords)
-        missing, pooling = sorted(report["missing_keys"]), "first_token"
-    if missing or report["mismatched_keys"]:
-        names = [*missing, *(str(entry) for entry in report["mismatched_keys"])]
-        raise ValueError(
-            f"the checkpoint in {folder} lacks {len(names)} of the encoder's weights or has them in another shape "
-            f"({', '.join(names[:5])}, ...); config.json and weights do not belong together."
-        )
+        pooling = "first_token"
+    check_that_weights_fit(report, folder.name)
     return LoadedEncoder(model, pooling, sorted(report["unexpected_keys"]))
+
+
+def check_that_weights_fit(report: dict[str, Any], name: str) -> None:
+    """Checks that transformers found all of a model's weights in its checkpoint.
+
+    Args:
+        report: What transformers returns with `output_loading_info`.
+        name: What the checkpoint is called.
+
+    Raises:
+        ValueError: Some are missing, or of another shape.
+    """
+    unfit = [*sorted(report["missing_keys"]), *sorted(entry[0] for entry in report["mismatched_keys"])]
+    if unfit:
+        more = ", ..." if len(unfit) > 5 else ""
+        raise ValueError(
+            f"the checkpoint of {name} lacks {len(unfit)} of the model's weights or has them in another shape "
+            f"({', '.join(unfit[:5])}{more}); config.json and weights do not belong together."
+        )
 
 
 def build_encoder(config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
@@ -172,45 +190,61 @@ def _own_configuration(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _timm_configuration(settings: dict[str, Any], folder: Path) -> TimmWrapperConfig:
+def _timm_configuration(settings: dict[str, Any], shapes: dict[str, Shape] | None) -> TimmWrapperConfig:
     arguments = dict(settings.get("model_args") or {})
     # timm's own `save_for_hf` repeats num_classes here, and TimmWrapperModel passes it a second time.
     arguments.pop("num_classes", None)
     input_size = (settings.get("pretrained_cfg") or {}).get("input_size") or [3]
-    channels = _input_channels(folder)
+    channels = _input_channels(shapes)
     if channels not in (None, input_size[0]):
         # Zoobot's greyscale encoders: one channel in the weights, three in the configuration.
         arguments["in_chans"] = channels
     return TimmWrapperConfig.from_dict({**settings, "model_args": arguments or None})
 
 
-def _input_channels(folder: Path) -> int | None:
-    """Channels that the first convolution takes, read off the weights; None where they lie in several files."""
-    safetensors_path, bin_path = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if safetensors_path.is_file():
-        with safe_open(str(safetensors_path), framework="pt") as weights:
-            shapes = [tuple(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118
-    elif bin_path.is_file():
-        shapes = [tuple(tensor.shape) for tensor in _read_bin(bin_path).values()]
-    else:
-        return None
-    channels = {shape[1] for shape in shapes if len(shape) == 4} & {1, 3}
+def _input_channels(shapes: dict[str, Shape] | None) -> int | None:
+    """Channels that the first convolution takes, read off the weights; None where that can't be told."""
+    channels = {shape[1] for shape in (shapes or {}).values() if len(shape) == 4} & {1, 3}
     # Depthwise convolutions have one input channel as well, so 3 wins where both are there.
     return max(channels, default=None)
 
 
-def _read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin file; one with anything else in it is refused before any of it is run."""
+def read_weight_shapes(folder: Path) -> dict[str, Shape] | None:
+    """The shape of each tensor in a checkpoint by its name; None where there are no weights in a single file.
+
+    Args:
+        folder: A local copy of a repository.
+
+    Raises:
+        ValueError: The weights are damaged, or there are other objects among them.
+    """
+    safetensors_path, bin_path = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if safetensors_path.is_file():
+        return _read_safetensors_shapes(safetensors_path)
+    return _read_bin_shapes(bin_path) if bin_path.is_file() else None
+
+
+def _read_safetensors_shapes(path: Path) -> dict[str, Shape]:
+    try:
+        with safe_open(str(path), framework="pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"the model's weights, {path.name}, are damaged ({error}); copy or download them again."
+        ) from error
+
+
+def _read_bin_shapes(path: Path) -> dict[str, Shape]:
     try:
         content = torch.load(path, weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path.name} is damaged or holds other objects than weights, whose code is never run; ask for its "
-            "weights as safetensors."
+            f"the model's weights, {path.name}, are damaged or hold other objects, whose code is never run; ask for "
+            "them as safetensors."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise ValueError(f"{path.name} holds no plain weights by name; ask for its weights as safetensors.")
-    return content
+        raise ValueError(f"{path.name} does not hold tensors by name and nothing else; ask for them as safetensors.")
+    return {name: tuple(tensor.shape) for name, tensor in content.items()}
 
 
 def image_processor_for(
@@ -219,8 +253,9 @@ def image_processor_for(
     """The image processor for an encoder or a finetuned model.
 
     A zoobot_hf repository's own processor is taken as it is. For any other encoder the size comes from its
-    configuration, and the normalisation only from a statement that can be trusted: the mean and standard deviation in
-    timm's layout are left over from ImageNet in all of Zoobot's encoders, which take RGB in 0-1.
+    configuration, the number of channels from its weights, and the normalisation only from a statement that can be
+    trusted: the mean and standard deviation in timm's layout are left over from ImageNet in all of Zoobot's encoders,
+    which take RGB in 0-1.
 
     Args:
         name_or_path: A local folder or a Hub id.
@@ -255,6 +290,7 @@ def image_processor_for(
         )
     return ZoobotImageProcessor(
         stated.pixels,
+        num_channels=stated.channels,
         zoom=DEFAULT_ZOOM if zoom is None else zoom,
         do_normalize=bool(applied),
         image_mean=applied.get("image_mean"),
@@ -264,21 +300,23 @@ def image_processor_for(
 
 class _StatedProcessing(NamedTuple):
     pixels: int
+    channels: int
     normalization: dict[str, list[float]]
 
 
 def _stated_processing(folder: Path, settings: dict[str, Any]) -> _StatedProcessing:
-    """Size and normalisation as the repository states them."""
+    """Size, channels and normalisation as the repository has them."""
     path = folder / "preprocessor_config.json"
     if _has_timm_layout(settings) or not path.is_file():
         facts = settings.get("pretrained_cfg") or {}
-        pixels = (facts.get("input_size") or [DEFAULT_PIXELS])[-1]
+        input_size = facts.get("input_size") or [3, DEFAULT_PIXELS, DEFAULT_PIXELS]
+        channels, pixels = _input_channels(read_weight_shapes(folder)) or input_size[0], input_size[-1]
         mean, std = facts.get("mean"), facts.get("std")
     else:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        pixels = settings.get("image_size", DEFAULT_PIXELS)
+        channels, pixels = settings.get("num_channels", 3), settings.get("image_size", DEFAULT_PIXELS)
         mean, std = facts.get("image_mean"), facts.get("image_std")
         if not facts.get("do_normalize", True):
             mean = std = None
     normalization = {"image_mean": list(mean), "image_std": list(std)} if mean and std else {}
-    return _StatedProcessing(pixels if isinstance(pixels, int) else DEFAULT_PIXELS, normalization)
+    return _StatedProcessing(pixels if isinstance(pixels, int) else DEFAULT_PIXELS, channels, normalization)

@@ -14,7 +14,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_zoobot import ZoobotConfig
-from .conversion import HUB_ARGUMENTS, build_encoder, load_encoder, local_copy, read_configuration
+from .conversion import (
+    HUB_ARGUMENTS,
+    build_encoder,
+    check_that_weights_fit,
+    load_encoder,
+    local_copy,
+    read_configuration,
+    read_weight_shapes,
+)
 from .heads import apply_unit_interval, build_head, head_loss
 
 logger = logging.getLogger(__name__)
@@ -135,14 +143,12 @@ class ZoobotPreTrainedModel(PreTrainedModel):
     @classmethod
     def _from_own_repository(cls, source: "_Checkpoint") -> Self:
         """A model with all of its weights from a zoobot_hf repository."""
-        keywords = {**source.other_arguments, "config": source.wanted_config(), "output_loading_info": True}
-        model, report = super().from_pretrained(str(source.folder), use_safetensors=True, **keywords)
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"the checkpoint of {source.name} lacks {len(missing)} of the model's weights "
-                f"({', '.join(missing[:5])}); config.json and weights do not belong together."
-            )
+        read_weight_shapes(source.folder)  # says so in a clear line where they are damaged
+        keywords = {**source.other_arguments, "config": source.wanted_config(), "use_safetensors": True}
+        # What doesn't fit is in the report, and refused below.
+        keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = super().from_pretrained(str(source.folder), **keywords)
+        check_that_weights_fit(report, source.name)
         return cast(Self, model)
 
 
