@@ -11,9 +11,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     OfflineModeIsEnabled,
 )
 
-REQUIRED_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
-OPTIONAL_FILES = ("metrics.json", "predictions.parquet")
-FIGURES = "figures/*.png"
+# What a finished run consists of.
+MODEL_CARD = "README.md"
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.parquet"
+FIGURES = "figures"
+REQUIRED_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", MODEL_CARD)
+OPTIONAL_FILES = (METRICS, PREDICTIONS)
 
 TOKEN_ADVICE = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
@@ -87,7 +91,7 @@ def _operations(folder: Path) -> list[CommitOperationAdd]:
             "pass the output_dir of a finetuning that has ended."
         )
     there = [folder / name for name in (*REQUIRED_FILES, *OPTIONAL_FILES) if (folder / name).is_file()]
-    files = [*there, *sorted(folder.glob(FIGURES))]
+    files = [*there, *sorted(folder.glob(f"{FIGURES}/*.png"))]
     return [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
 
 

@@ -14,10 +14,7 @@ from zoobot_hf.evaluation.plots import plot_confusion, plot_most_wrong, plot_tra
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
 
-MODEL_CARD = "README.md"
-METRICS = "metrics.json"
-PREDICTIONS = "predictions.parquet"
-FIGURES = "figures"
+from .hub import FIGURES
 
 
 def save_model(folder: Path, model: ZoobotForImageClassification, processor: ZoobotImageProcessor) -> None:

@@ -21,14 +21,16 @@ from safetensors.torch import load_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from zoobot_hf.data.balance import Strategy, balance_classes, measure_prevalence
+from zoobot_hf.data.catalog import write_catalog
 from zoobot_hf.data.images import check_images
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.evaluation.tables import prediction_table
 from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.publishing.hub import METRICS, MODEL_CARD, PREDICTIONS
 from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, render_model_card
-from zoobot_hf.publishing.run_folder import METRICS, MODEL_CARD, PREDICTIONS, draw_figures, save_model, write_json
+from zoobot_hf.publishing.run_folder import draw_figures, save_model, write_json
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .machine import tune_memory_allocator
@@ -359,7 +361,7 @@ def _write_output(
     kept = next(stage for stage in finetuned.stages if stage.name == finetuned.kept_stage)
     save_model(folder, finetuned.model, processor)
     table = _test_predictions(finetuned.model, kept, dataset["test"])
-    table.to_parquet(folder / PREDICTIONS, index=False)
+    write_catalog(table, folder / PREDICTIONS)
     stage_metrics = {stage.name: {**stage.test, "validation_loss": stage.validation_loss} for stage in finetuned.stages}
     write_json(folder / METRICS, {**stage_metrics, "kept_stage": kept.name})
     figures = draw_figures(
@@ -397,16 +399,15 @@ def _write_output(
 
 def _test_predictions(model: ZoobotForImageClassification, stage: StageResult, test: Dataset) -> pd.DataFrame:
     config = model.config
-    logits = torch.tensor(stage.test_logits, dtype=torch.float32)
+    predictions = probabilities_from_logits(torch.tensor(stage.test_logits, dtype=torch.float32), config).numpy()
     table = prediction_table(
         test["id_str"][:],
-        probabilities_from_logits(logits, config).numpy(),
+        predictions,
         label_names=config.label_names,
         problem_type=config.problem_type,
     )
     if config.problem_type == "single_label_classification":
         labels = np.asarray(test["label"])
         table.insert(1, "label", [config.label_names[index] for index in labels])
-        probabilities = probabilities_from_logits(logits, config).numpy()
-        table["probability_of_label"] = probabilities[np.arange(len(labels)), labels]
+        table["probability_of_label"] = predictions[np.arange(len(labels)), labels]
     return table
