@@ -25,8 +25,15 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed
-	$(BIN)/python tests/benchmarks/rings_cross_validation.py --encoder ../shared/encoders/mobilenetv2-in1k --dataset ../shared/data/rings
+# Zoobot 2.9.0, to be measured against, with the same versions of everything that both need.
+.venv-zoobot/installed: constraints.txt
+	test -d .venv-zoobot || $(PYTHON) -m venv .venv-zoobot
+	.venv-zoobot/bin/python -m pip install --quiet --constraint constraints.txt "zoobot[pytorch]==2.9.0"
+	touch $@
+
+# For example: make bench OPTIONS="--rows unfrozen prediction --repeats 1"
+bench: .venv/installed .venv-zoobot/installed
+	$(BIN)/python tests/benchmarks/run.py $(OPTIONS)
 
 clean:
-	rm -rf .venv demo demo-checkpoints
+	rm -rf .venv .venv-zoobot .benchmarks demo demo-checkpoints

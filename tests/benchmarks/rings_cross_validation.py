@@ -11,9 +11,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from datasets import DatasetDict
+from prepare import split_folds
 from sklearn.metrics import accuracy_score, roc_auc_score
-from sklearn.model_selection import StratifiedKFold
 from transformers import set_seed
 
 from zoobot_hf import (
@@ -23,7 +22,6 @@ from zoobot_hf import (
     finetune,
     image_processor_for,
     load_galaxy_dataset,
-    split_dataset,
 )
 
 
@@ -40,16 +38,10 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     galaxies = load_galaxy_dataset(options.dataset, label_column=options.label_column)
-    labels = np.asarray(galaxies["label"])
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
-    folds = StratifiedKFold(options.folds, shuffle=True, random_state=options.seed).split(labels, labels)
     scores = {}
-    for number, (rest, test) in enumerate(folds):
-        splits = split_dataset(
-            DatasetDict(train=galaxies.select(rest), test=galaxies.select(test)),
-            seed=options.seed,
-            validation_fraction=0.2,
-        )
+    for number, splits in enumerate(split_folds(galaxies, folds=options.folds, seed=options.seed)):
+        labels = np.asarray(splits["test"]["label"])
         set_seed(options.seed + number)
         model = ZoobotForImageClassification.from_pretrained(
             options.encoder, label_names=galaxies.features["label"].names
@@ -66,15 +58,15 @@ def main():
         for stage in finetuned.stages:
             logits = np.asarray(stage.test_logits)
             row = (
-                accuracy_score(labels[test], logits.argmax(axis=1)),
-                roc_auc_score(labels[test], logits[:, 1] - logits[:, 0]),
+                accuracy_score(labels, logits.argmax(axis=1)),
+                roc_auc_score(labels, logits[:, 1] - logits[:, 0]),
                 stage.test["log_loss"],
                 stage.seconds,
             )
             scores.setdefault(stage.name, []).append(row)
             print(f"fold {number} {stage.name:8} accuracy {row[0]:.3f} ROC AUC {row[1]:.3f}", flush=True)
 
-    print(f"\n{options.folds} folds of {len(labels)} galaxies: mean and its standard error")
+    print(f"\n{options.folds} folds of {len(galaxies)} galaxies: mean and its standard error")
     print(f"{'stage':10}{'accuracy':>16}{'ROC AUC':>16}{'log loss':>16}{'seconds':>10}")
     for name, rows in scores.items():
         mean, error = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) / np.sqrt(len(rows))
