@@ -19,7 +19,7 @@ def line(records, start):
 
 @pytest.mark.parametrize(
     ("row", "value", "start"),
-    [("unfrozen", "images_per_second", "unfrozen stage, i"), ("data", "milliseconds", "data")],
+    [("unfrozen", "images_per_second", "unfrozen stage, images"), ("data", "milliseconds", "data")],
 )
 def test_ratio_is_how_many_times_ours_is_better(row, value, start):
     ours, theirs = (20, 8) if row == "unfrozen" else (8, 20)
