@@ -33,6 +33,7 @@ ORDER = [
     "training.arguments",
     "training.augmentation",
     "training.embedding_cache",
+    "training.head_grid",
     "training.trainer",
     "training.finetuning",
     "training.label_efficiency",

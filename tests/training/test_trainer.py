@@ -42,7 +42,13 @@ def train(trainer_class, model, arguments, galaxies, processor):
 
 
 def frozen_arguments(folder, **changes):
-    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+    settings = {
+        "embedding_cache_dir": str(folder / "embeddings"),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
     return FrozenStageArguments(output_dir=str(folder), **{**settings, **changes})
 
 
@@ -130,7 +136,8 @@ def test_training_images_differ_from_epoch_to_epoch(layer_norm_model, galaxies, 
         return original(pixel_values=pixel_values, **inputs)
 
     monkeypatch.setattr(layer_norm_model, "forward", remember)
-    arguments = frozen_arguments(tmp_path, per_device_train_batch_size=24, train_sampling_strategy="sequential")
+    settings = {"embedding_cache": False, "train_sampling_strategy": "sequential"}
+    arguments = frozen_arguments(tmp_path, per_device_train_batch_size=24, **settings)
     train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
     first, second = seen
     assert first.shape == second.shape == (24, 3, processor.pixels, processor.pixels)
@@ -139,7 +146,7 @@ def test_training_images_differ_from_epoch_to_epoch(layer_norm_model, galaxies, 
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees(layer_norm_model, galaxies, processor, tmp_path):
-    arguments = frozen_arguments(tmp_path, augment=False)
+    arguments = frozen_arguments(tmp_path, augment=False, embedding_cache=False)
     trainer = FrozenStageTrainer(
         layer_norm_model, arguments, processing_class=processor, train_dataset=galaxies, eval_dataset=galaxies
     )

@@ -1,8 +1,12 @@
 """Open images, and find those that can't be opened before a long run depends on them."""
 
 import io
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 from datasets import Dataset
@@ -12,6 +16,9 @@ from tqdm import tqdm
 
 # PIL releases the interpreter while it decodes, so threads help.
 DECODING_THREADS = 4
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class UnreadableImageError(ValueError):
@@ -47,6 +54,24 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         # PIL's decoders raise any of these for damaged files, SyntaxError and (for AVIF) RuntimeError among them.
         raise UnreadableImageError(f"it is damaged: {error}") from error
     return image
+
+
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], *, batch_size: int) -> Iterator[list[Result]]:
+    """Batches of what `read` makes of each item, in order; the next two are read in threads while one is used.
+
+    Args:
+        read: Reads one item; an error that it raises ends the iteration.
+        items: What to read; they are taken as they are needed.
+        batch_size: Items in a batch, at least 1; the last one may have fewer.
+    """
+    remaining = iter(items)
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        ahead: deque[Future[Result]] = deque()
+        while True:
+            ahead.extend(pool.submit(read, item) for item in islice(remaining, 3 * batch_size - len(ahead)))
+            if not ahead:
+                return
+            yield [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
 
 
 def find_unreadable_images(dataset: Dataset, *, description: str = "checking images") -> pd.DataFrame:

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import TensorType
 
 # PIL's modes for 16-bit images; "I" has room for 32 bits, but is how older versions of PIL open 16-bit PNG files.
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I")
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as transformers keeps them
 
 
 class ZoobotImageProcessor(BaseImageProcessor):
@@ -25,7 +27,7 @@ class ZoobotImageProcessor(BaseImageProcessor):
         size: Height and width of the output in pixels; the two are equal.
         zoom: Factor of at least 1 by which the centre is magnified: 1 / zoom of the shorter side is kept.
         num_channels: 3 for RGB, 1 for grey.
-        resample: PIL's number for the interpolation (2 is bilinear).
+        resample: PIL's number for the interpolation: 2 (bilinear) or 3 (bicubic).
         rescale_factor: Number that each uint8 value is multiplied by.
         do_normalize: Whether `image_mean` is subtracted and the result divided by `image_std`.
         image_mean: A mean for each channel, after rescaling.
@@ -33,8 +35,8 @@ class ZoobotImageProcessor(BaseImageProcessor):
         **kwargs: Kept as attributes, as transformers does.
 
     Raises:
-        ValueError: A size that isn't square, a zoom below 1, numbers of channels that don't agree, or a standard
-            deviation of 0.
+        ValueError: A size that isn't square, a zoom below 1, another interpolation, numbers of channels that don't
+            agree, or a standard deviation of 0.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  transformers declares it so
@@ -103,10 +105,12 @@ class ZoobotImageProcessor(BaseImageProcessor):
         field = shorter_side / self.zoom
         wide_field = min(field * margin, shorter_side)
         pixels = round(self.pixels * wide_field / field)
-        left, top = (picture.width - wide_field) / 2, (picture.height - wide_field) / 2
-        box = (left, top, left + wide_field, top + wide_field)
-        resized = np.array(picture.resize((pixels, pixels), Image.Resampling(self.resample), box=box))
-        return torch.from_numpy(resized.reshape(pixels, pixels, self.num_channels)).permute(2, 0, 1)
+        side = max(1, round(wide_field))
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        crop = np.array(picture.crop((left, top, left + side, top + side)))
+        planes = torch.from_numpy(crop.reshape(1, side, side, self.num_channels)).permute(0, 3, 1, 2)
+        # PyTorch's antialiased uint8 resize takes a third of the time of PIL's.
+        return functional.interpolate(planes, (pixels, pixels), mode=INTERPOLATIONS[self.resample], antialias=True)[0]
 
     def rescale_and_normalize(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder's input: float32, (batch, channels, height, width), on the images' device.
@@ -138,6 +142,8 @@ class ZoobotImageProcessor(BaseImageProcessor):
             raise ValueError(f"size is {self.size}; give an equal, positive height and width.")
         if not 1 <= self.zoom < math.inf:
             raise ValueError(f"zoom is {self.zoom}; give 1 for the whole image or more for its centre.")
+        if self.resample not in INTERPOLATIONS:
+            raise ValueError(f"resample is {self.resample!r}; give 2 (bilinear) or 3 (bicubic).")
         if self.num_channels not in (1, 3):
             raise ValueError(f"num_channels is {self.num_channels}; give 3 (RGB) or 1 (grey).")
         if self.do_normalize:

@@ -49,10 +49,20 @@ SHOWN_ARGUMENTS = (
     "num_train_epochs",
     "per_device_train_batch_size",
     "augment",
+    "views",
     "seed",
 )
 # Arguments that say where and how a run works, not what comes out of it.
-MACHINE_ARGUMENTS = ("output_dir", "logging_dir", "report_to", "run_name", "disable_tqdm", "use_cpu", "hub_token")
+MACHINE_ARGUMENTS = (
+    "output_dir",
+    "logging_dir",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "use_cpu",
+    "hub_token",
+    "embedding_cache_dir",
+)
 
 
 @dataclass

@@ -1,17 +1,31 @@
 """The two stages as Trainer subclasses."""
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset
+from datasets import Image as ImageFeature
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer_utils import TrainOutput
 
+from zoobot_hf.data.images import DECODING_THREADS, open_image
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
-from .augmentation import TURNED_MARGIN, augment_galaxies
+from .augmentation import augment_galaxies, margin_of_turns
+from .embedding_cache import StoredEmbeddings, Views, store_embeddings
+from .head_grid import HeadGrid
+from .machine import tune_memory_allocator
+
+logger = logging.getLogger(__name__)
+
+# The grid of heads: factors of the learning rate, and of the weight decay.
+GRID = tuple((rate, decay) for rate in (0.03, 0.1, 0.3, 1.0) for decay in (1.0,))
 
 
 class GalaxyCollator:
@@ -28,19 +42,23 @@ class GalaxyCollator:
         """A batch of pixel values, or of wide uint8 fields where the examples were prepared for augmentation.
 
         Args:
-            examples: With `image` (PIL) or `wide_field` (uint8 tensor), and `label` where it is known.
+            examples: With `image` (PIL), `wide_field` (uint8 tensor) or `embeddings`, and `label` where it is known.
         """
-        if "wide_field" in examples[0]:
+        if "embeddings" in examples[0]:
+            batch = {"embeddings": torch.stack([example["embeddings"] for example in examples])}
+        elif "wide_field" in examples[0]:
             batch = {"pixel_values": torch.stack([example["wide_field"] for example in examples])}
         else:
             batch = dict(self.processor([example["image"] for example in examples]))
         if "label" in examples[0]:
-            batch["labels"] = torch.tensor([example["label"] for example in examples])
+            batch["labels"] = torch.stack([torch.as_tensor(example["label"]) for example in examples])
         return batch
 
 
 class WideFields:
     """A dataset's transform: each image as a wide field, from which the augmentation cuts a turned crop.
+
+    The images of a batch are decoded in threads, since PIL and PyTorch release the interpreter.
 
     Args:
         processor: The model's image processor.
@@ -55,10 +73,14 @@ class WideFields:
         """The columns `wide_field` and `label` of a batch of rows.
 
         Args:
-            columns: With `image` (PIL) and `label`.
+            columns: With `image` (path or bytes, not decoded) and `label`.
         """
-        fields = [self.processor.crop_and_resize(image, margin=self.margin) for image in columns["image"]]
-        return {"wide_field": fields, "label": columns["label"]}
+        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+            return {"wide_field": list(pool.map(self._read, columns["image"])), "label": columns["label"]}
+
+    def _read(self, image: dict[str, Any]) -> Tensor:
+        opened = open_image(image["bytes"] if image["bytes"] is not None else image["path"])
+        return self.processor.crop_and_resize(opened, margin=self.margin)
 
 
 class _StageTrainer(Trainer):
@@ -77,14 +99,24 @@ class _StageTrainer(Trainer):
     ) -> None:
         if train_dataset is not None:
             check_labels(train_dataset, model)
-            if args.augment:
-                # Zooming out and shifting widen the field that a turned crop may reach.
-                margin = TURNED_MARGIN / (1 - args.zoom_range) + 2 * args.max_shift
-                train_dataset = train_dataset.with_transform(WideFields(processing_class, margin))
+            if args.augment and not args.uses_embedding_cache:
+                margin = margin_of_turns(zoom_range=args.zoom_range, max_shift=args.max_shift)
+                undecoded = train_dataset.cast_column("image", ImageFeature(decode=False))
+                train_dataset = undecoded.with_transform(WideFields(processing_class, margin))
         kwargs.setdefault("data_collator", GalaxyCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, train_dataset=train_dataset, **kwargs)
         if args.early_stopping_patience is not None and args.eval_strategy != "no":
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """What `Trainer.train` returns.
+
+        Args:
+            *args: As in `Trainer`.
+            **kwargs: As in `Trainer`.
+        """
+        tune_memory_allocator()
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
@@ -97,8 +129,8 @@ class _StageTrainer(Trainer):
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
         """
-        fields = inputs["pixel_values"]
-        if fields.dtype == torch.uint8:
+        fields = inputs.get("pixel_values")
+        if fields is not None and fields.dtype == torch.uint8:
             turned = augment_galaxies(
                 fields,
                 pixels=self.processing_class.pixels,
@@ -113,6 +145,11 @@ class _StageTrainer(Trainer):
 class FrozenStageTrainer(_StageTrainer):
     """Trains the head while the encoder stays frozen: parameters, buffers and dropout.
 
+    With `embedding_cache`, the encoder runs once over each galaxy's views, and every epoch after that trains heads
+    alone: a grid of them with several learning rates, of which the one of lowest validation loss is the model's head in
+    the end. More of `Trainer` is overridden for that than elsewhere, because the module that is trained, its data and
+    its optimizer are all others than those that the user gave.
+
     Args:
         model: The model; its encoder is frozen here.
         args: The stage's arguments.
@@ -121,12 +158,121 @@ class FrozenStageTrainer(_StageTrainer):
         **kwargs: What `Trainer` takes: `eval_dataset`, `compute_metrics`, `callbacks`, ...
 
     Raises:
-        ValueError: The dataset's labels aren't the model's.
+        ValueError: The dataset's labels aren't the model's, or an optimizer was given although the grid needs its own.
     """
 
+    args: FrozenStageArguments
+    optimizer: torch.optim.Optimizer | None
+    train_dataset: Any
+
     def __init__(self, model: ZoobotForImageClassification, args: FrozenStageArguments, **kwargs: Any) -> None:
+        if args.embedding_cache and kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError("optimizers were given, but the grid of heads has its own; set embedding_cache=False.")
         model.freeze_encoder()
         super().__init__(model, args, **kwargs)
+        self.classifier = model
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """What `Trainer.train` returns; the model has its new head.
+
+        Args:
+            *args: As in `Trainer`.
+            **kwargs: As in `Trainer`.
+        """
+        if not self.args.embedding_cache:
+            return super().train(*args, **kwargs)
+        images = self.train_dataset
+        embeddings = self._embeddings(images, views=self._views())
+        # Without validation nothing could choose between heads.
+        self.grid_settings = GRID if self.eval_dataset is not None else ((1.0, 1.0),)
+        grid = HeadGrid(self.classifier, embeddings, count=len(self.grid_settings))
+        self.optimizer = self.lr_scheduler = None
+        self.train_dataset, self.model, self.model_wrapped = embeddings, grid, grid
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.train_dataset, self.model, self.model_wrapped = images, self.classifier, self.classifier
+        self.classifier.head.load_state_dict(grid.winner().state_dict())
+        rate, decay = self.grid_settings[int(grid.winning_head)]
+        logger.info(
+            "Of %d heads the one with learning rate %.2g and weight decay %.2g had the lowest validation loss.",
+            len(self.grid_settings),
+            rate * self.args.learning_rate,
+            decay * self.args.weight_decay,
+        )
+        return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The metrics; in training those of the head of lowest validation loss.
+
+        Args:
+            *args: As in `Trainer`.
+            **kwargs: As in `Trainer`.
+        """
+        if isinstance(self.model, HeadGrid):
+            validation = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            self.model.choose_winner([self._embeddings(split) for split in validation])
+        return super().evaluate(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
+        """Batches for an evaluation: embeddings where they are kept.
+
+        Args:
+            eval_dataset: As in `Trainer`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(
+            self._stored(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset)
+        )
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader[Any]:
+        """Batches for predictions: embeddings where they are kept.
+
+        Args:
+            test_dataset: As in `Trainer`.
+        """
+        return super().get_test_dataloader(self._stored(test_dataset))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer; each head of a grid has its own learning rate and weight decay.
+
+        Args:
+            model: As in `Trainer`.
+        """
+        if self.optimizer is None and isinstance(self.model, HeadGrid):
+            groups = []
+            for (rate, decay), head in zip(self.grid_settings, self.model.heads, strict=True):
+                layer = {"lr": rate * self.args.learning_rate, "weight_decay": decay * self.args.weight_decay}
+                groups += _split_by_weight_decay(list(head.parameters()), **layer)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(groups, **settings)
+        return super().create_optimizer(model) if self.optimizer is None else self.optimizer
+
+    def _views(self) -> Views | None:
+        arguments = self.args
+        if not arguments.augment:
+            return None
+        return Views(
+            arguments.views, seed=arguments.seed, zoom_range=arguments.zoom_range, max_shift=arguments.max_shift
+        )
+
+    def _stored(self, dataset: Any) -> Any:
+        """A dataset of images as embeddings, where the cache is used; any other dataset as it is."""
+        is_images = isinstance(dataset, Dataset) and "image" in dataset.column_names
+        return self._embeddings(dataset) if self.args.embedding_cache and is_images else dataset
+
+    def _embeddings(self, dataset: Dataset, *, views: Views | None = None) -> StoredEmbeddings:
+        stored = store_embeddings(
+            self.classifier,
+            dataset,
+            self.processing_class,
+            views=views,
+            dtype=self.args.embedding_dtype,
+            cache_dir=self.args.embedding_cache_dir,
+            torch_compile=self.args.torch_compile,
+        )
+        labels = torch.as_tensor(dataset["label"][:]) if "label" in dataset.column_names else None
+        return StoredEmbeddings(stored, labels)
 
 
 class UnfrozenStageTrainer(_StageTrainer):
@@ -190,14 +336,19 @@ def layer_decay_groups(
     groups = []
     for parameters, rate in layers:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if parameter.ndim > 1]
-        vectors = [parameter for parameter in trained if parameter.ndim <= 1]
-        groups += [
-            {"params": chosen, "lr": rate, "weight_decay": decay}
-            for chosen, decay in ((matrices, weight_decay), (vectors, 0.0))
-            if chosen
-        ]
+        groups += _split_by_weight_decay(trained, lr=rate, weight_decay=weight_decay)
     return groups
+
+
+def _split_by_weight_decay(parameters: list[nn.Parameter], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer: matrices and kernels with weight decay, biases and norms without."""
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    return [
+        {"params": chosen, "lr": lr, "weight_decay": decay}
+        for chosen, decay in ((matrices, weight_decay), (vectors, 0.0))
+        if chosen
+    ]
 
 
 def check_labels(dataset: Dataset, model: ZoobotForImageClassification) -> None:

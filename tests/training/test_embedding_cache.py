@@ -1,0 +1,175 @@
+import copy
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from zoobot_hf import ZoobotImageProcessor
+from zoobot_hf.training import embedding_cache
+from zoobot_hf.training.embedding_cache import Views, clear_cache, compute_embeddings, list_cache, store_embeddings
+from zoobot_hf.training.head_grid import HeadGrid, StoredEmbeddings
+
+
+@pytest.fixture
+def galaxies(galaxy_images, galaxy_labels):
+    features = Features({"id_str": Value("string"), "image": Image(), "label": ClassLabel(names=["not ring", "ring"])})
+    columns = {
+        "id_str": [f"galaxy_{index:02d}" for index in range(20)],
+        "image": galaxy_images[:20],
+        "label": list(galaxy_labels[:20]),
+    }
+    return Dataset.from_dict(columns, features=features)
+
+
+@pytest.fixture
+def key(layer_norm_model, galaxies, processor, tmp_path):
+    """The key of the embeddings, with some of what they depend on changed."""
+
+    def compute(**changes):
+        settings = {"model": layer_norm_model, "dataset": galaxies, "processor": processor, "cache_dir": tmp_path}
+        return store_embeddings(**{**settings, **changes}).key
+
+    return compute
+
+
+def test_plain_embeddings_are_what_the_model_says(layer_norm_model, galaxies, processor, tmp_path):
+    embeddings = compute_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path)
+    assert embeddings.column_names == ["id_str", "label", "embeddings", "view"]
+    assert embeddings["id_str"][:] == galaxies["id_str"][:]
+    with torch.inference_mode():
+        expected = layer_norm_model.zoobot(**processor(galaxies["image"][:])).embeddings
+    assert torch.allclose(torch.tensor(embeddings["embeddings"][:]), expected, atol=1e-5)
+
+
+def test_views_differ_from_each_other_and_come_galaxy_by_galaxy(layer_norm_model, galaxies, processor, tmp_path):
+    embeddings = compute_embeddings(layer_norm_model, galaxies, processor, views=Views(3), cache_dir=tmp_path)
+    assert embeddings["view"][:6] == [0, 1, 2, 0, 1, 2]
+    assert embeddings["id_str"][:4] == ["galaxy_00"] * 3 + ["galaxy_01"]
+    first, second = torch.tensor(embeddings["embeddings"][:2])
+    assert not torch.allclose(first, second, atol=1e-4)
+
+
+def test_the_second_time_the_encoder_does_not_run(key, monkeypatch):
+    first = key()
+    monkeypatch.setattr(embedding_cache, "_run_encoder", lambda *args, **kwargs: pytest.fail("ran again"))
+    assert key() == first
+
+
+def test_labels_and_head_are_no_part_of_the_key(key, layer_norm_model, galaxies):
+    first = key()
+    torch.nn.init.zeros_(layer_norm_model.head[-1].weight)
+    assert key(dataset=galaxies.remove_columns("label")) == first
+
+
+def test_each_part_of_the_key_invalidates(key, layer_norm_model, galaxies):
+    other_weights = copy.deepcopy(layer_norm_model)
+    with torch.no_grad():
+        next(other_weights.encoder.parameters()).view(-1)[0] += 1
+    keys = [
+        key(),
+        key(model=other_weights),
+        key(processor=ZoobotImageProcessor(32, zoom=1.2)),
+        key(views=Views(1)),
+        key(views=Views(2)),
+        key(views=Views(2, seed=1)),
+        key(views=Views(2, zoom_range=0.2)),
+        key(views=Views(2, max_shift=0.2)),
+        key(dtype="float16"),
+        key(dataset=galaxies.select(range(19))),
+        key(dataset=galaxies.select(range(19, -1, -1))),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_file_that_changed_is_another_image(key, galaxy_folder):
+    path = galaxy_folder / "images/galaxy_00.png"
+    files = Dataset.from_dict({"image": [str(path)]}, features=Features({"image": Image()}))
+    before = key(dataset=files)
+    path.write_bytes((galaxy_folder / "images/galaxy_01.png").read_bytes())
+    assert key(dataset=files) != before
+
+
+def test_another_version_computes_anew(key, monkeypatch):
+    before = key()
+    monkeypatch.setattr(embedding_cache, "version", lambda name: "0")
+    assert key() != before
+
+
+def test_repeated_galaxies_are_run_once(layer_norm_model, galaxies, processor, tmp_path):
+    twice = galaxies.select([0, 1, 0, 2, 1])
+    stored = store_embeddings(layer_norm_model, twice, processor, cache_dir=tmp_path)
+    assert stored.values.shape[0] == 3
+    assert stored.rows.tolist() == [0, 1, 0, 2, 1]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-4], lambda data: b"", lambda data: b"\xff" * len(data)])
+def test_a_damaged_file_is_noticed_and_made_again(damage, key, layer_norm_model, galaxies, processor, tmp_path):
+    before = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path).values.clone()
+    path = tmp_path / f"{key()}.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    after = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path).values
+    assert torch.equal(before, after)
+
+
+def test_too_little_space_is_said_before_the_encoder_runs(key, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(OSError, match=r"take 0\.0 MB in .*cache --clear"):
+        key()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_no_half_cache(key, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedding_cache, "_run_encoder", fail)
+    with pytest.raises(OSError, match="No space left"):
+        key()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unreadable_image_is_named_and_nothing_is_kept(key, galaxy_folder, tmp_path):
+    path = galaxy_folder / "images/galaxy_00.png"
+    path.write_bytes(b"not an image")
+    files = Dataset.from_dict({"image": [str(path)]}, features=Features({"image": Image()}))
+    with pytest.raises(ValueError, match=r"galaxy_00\.png can't be read: it is not an image"):
+        key(dataset=files)
+    assert list_cache(tmp_path) == []
+
+
+def test_an_unknown_type_and_no_views_are_refused(key):
+    with pytest.raises(ValueError, match="dtype is 'int8'; choose float32 or float16"):
+        key(dtype="int8")
+    with pytest.raises(ValueError, match="count is 0"):
+        Views(0)
+
+
+def test_the_cache_is_listed_and_cleared(key, tmp_path):
+    key(views=Views(2))
+    (listed,) = list_cache(tmp_path)
+    assert (listed.images, listed.views) == (20, 2)
+    assert clear_cache(tmp_path) == listed.size
+    assert list_cache(tmp_path) == []
+
+
+def test_a_grid_of_heads_starts_as_the_models_head_and_gives_it_back(layer_norm_model, galaxies, processor, tmp_path):
+    stored = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path)
+    grid = HeadGrid(layer_norm_model, StoredEmbeddings(stored, torch.tensor(galaxies["label"])), count=3).eval()
+    embeddings = stored.values[:, 0]
+    with torch.inference_mode():
+        expected = layer_norm_model(embeddings=embeddings).logits
+        assert torch.allclose(grid(embeddings).logits, expected, atol=1e-4)
+        assert torch.allclose(grid.winner().eval()(embeddings), expected, atol=1e-4)
+        standardised = grid.standardise(embeddings)
+    assert torch.allclose(standardised.mean(0), torch.zeros(16), atol=1e-4)
+
+
+def test_the_head_of_lowest_validation_loss_wins(layer_norm_model, galaxies, processor, tmp_path):
+    stored = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path)
+    labelled = StoredEmbeddings(stored, torch.tensor(galaxies["label"]))
+    grid = HeadGrid(layer_norm_model, labelled, count=3)
+    with torch.no_grad():
+        grid.heads[0][-1].bias.copy_(torch.tensor([50.0, 0.0]))
+        grid.heads[1][-1].bias.fill_(torch.nan)
+    grid.choose_winner([labelled])
+    assert int(grid.winning_head) == 2

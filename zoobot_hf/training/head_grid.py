@@ -1,0 +1,134 @@
+"""A small grid of heads, trained together on the same embeddings, of which the best on validation is kept."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+from zoobot_hf.models.heads import head_loss
+from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+
+from .embedding_cache import StoredEmbeddings
+
+# Rows that are read from the disk at once where no gradient is needed.
+ROWS_AT_ONCE = 4096
+# Dimensions that vary less than this share of the embeddings' mean size are left at their own scale.
+SMALLEST_SPREAD = 1e-4
+
+
+class HeadGrid(nn.Module):
+    """Copies of a model's head, each to be trained with its own settings, on standardised embeddings.
+
+    Standardising gives every dimension mean 0 and standard deviation 1 over the training galaxies, so that one
+    learning rate suits any encoder. It is undone in `winner`, whose head takes the embeddings as they are. Training
+    sums the heads' losses, so that each head gets its own gradient; evaluation runs the winner alone.
+
+    Args:
+        model: The model whose head is copied.
+        embeddings: The training split.
+        count: How many heads.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    winning_head: Tensor
+
+    def __init__(self, model: ZoobotForImageClassification, embeddings: StoredEmbeddings, *, count: int) -> None:
+        super().__init__()
+        self.config = model.config
+        mean, spread = _measure_spread(embeddings)
+        self.register_buffer("mean", mean.to(model.device))
+        self.register_buffer("spread", spread.to(model.device))
+        self.register_buffer("winning_head", torch.zeros((), dtype=torch.long, device=model.device))
+        self.heads = nn.ModuleList(copy.deepcopy(model.head) for _ in range(count))
+        self.heads.requires_grad_(True)
+        for head in self.heads:
+            _take_standardised(_first_linear(head), self.mean, self.spread)
+
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> ModelOutput:
+        """The winning head's logits and loss; in training the loss has every head's gradient.
+
+        Args:
+            embeddings: (batch, embedding_size), as the encoder gives them.
+            labels: As in `heads.head_loss`.
+        """
+        inputs = self.standardise(embeddings)
+        if not self.training:
+            logits = self.heads[int(self.winning_head)](inputs)
+            loss = None if labels is None else head_loss(logits, labels, self.config, training=False)
+            return ModelOutput(loss=loss, logits=logits)
+        assert labels is not None
+        logits = torch.stack([head(inputs) for head in self.heads])
+        mean_loss = head_loss(
+            logits.flatten(0, 1), labels.repeat(len(self.heads), *[1] * (labels.ndim - 1)), self.config, training=True
+        )
+        with torch.no_grad():
+            winning_loss = head_loss(logits[self.winning_head], labels, self.config, training=True)
+        # The value that is logged is the winner's; the gradient is that of the sum over the heads.
+        gradient = len(self.heads) * mean_loss
+        return ModelOutput(loss=gradient - gradient.detach() + winning_loss)
+
+    def standardise(self, embeddings: Tensor) -> Tensor:
+        """Embeddings with mean 0 and standard deviation 1 in every dimension, float32.
+
+        Args:
+            embeddings: (batch, embedding_size), as the encoder gives them.
+        """
+        return (embeddings.float() - self.mean) / self.spread
+
+    @torch.no_grad()
+    def choose_winner(self, validation: Iterable[StoredEmbeddings]) -> None:
+        """Makes the head of lowest validation loss the winner.
+
+        Args:
+            validation: Embeddings with labels.
+        """
+        was_training = self.training
+        self.eval()
+        losses = torch.zeros(len(self.heads), device=self.mean.device)
+        for split in validation:
+            for embeddings, labels in split.batches(ROWS_AT_ONCE):
+                assert labels is not None
+                inputs, labels = self.standardise(embeddings.to(self.mean.device)), labels.to(self.mean.device)
+                for number, head in enumerate(self.heads):
+                    losses[number] += head_loss(head(inputs), labels, self.config, training=False) * len(labels)
+        # A head that has run away to NaN never wins.
+        self.winning_head.copy_(losses.nan_to_num(torch.inf).argmin())
+        self.train(was_training)
+
+    def winner(self) -> nn.Module:
+        """The winning head, for embeddings as the encoder gives them."""
+        head = copy.deepcopy(self.heads[int(self.winning_head)])
+        _take_unstandardised(_first_linear(head), self.mean, self.spread)
+        return head
+
+
+def _measure_spread(embeddings: StoredEmbeddings) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each dimension, in float32, from sums in float64."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch, _ in embeddings.batches(ROWS_AT_ONCE):
+        values = batch.double()
+        count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
+    mean = total / count
+    spread = (squares / count - mean.square()).clamp(min=0).sqrt()
+    smallest = SMALLEST_SPREAD * (squares / count).mean().sqrt()
+    return mean.float(), torch.where(spread > smallest, spread, 1.0).float()
+
+
+def _first_linear(head: nn.Module) -> nn.Linear:
+    return next(module for module in head.modules() if isinstance(module, nn.Linear))
+
+
+@torch.no_grad()
+def _take_standardised(layer: nn.Linear, mean: Tensor, spread: Tensor) -> None:
+    """Rewrites a layer for embeddings so that it gives the same for standardised ones."""
+    layer.bias.add_(layer.weight @ mean)
+    layer.weight.mul_(spread)
+
+
+@torch.no_grad()
+def _take_unstandardised(layer: nn.Linear, mean: Tensor, spread: Tensor) -> None:
+    layer.weight.div_(spread)
+    layer.bias.sub_(layer.weight @ mean)
