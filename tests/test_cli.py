@@ -738,3 +738,17 @@ def test_a_file_is_no_output_folder(shared_galaxy_folder, encoder_folder, tmp_pa
 def test_too_many_blocks_are_refused_before_training(shared_galaxy_folder, encoder_folder, tmp_path, refused):
     refused(*finetune_options(shared_galaxy_folder, encoder_folder, tmp_path / "out", last_blocks=99))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embeddings_on_disk_are_listed_and_cleared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("zoobot_hf.training.embedding_cache.HF_HOME", str(tmp_path))
+    folder = tmp_path / "zoobot_hf" / "embeddings"
+    folder.mkdir(parents=True)
+    (folder / "key.safetensors.partial").write_bytes(b"x" * 2_000_000)
+    assert main(["cache"]) == 0
+    assert (
+        "2.0 MB         0 images x 0 views  damaged or not finished  key.safetensors.partial" in capsys.readouterr().out
+    )
+    assert main(["cache", "--clear"]) == 0
+    assert "2.0 MB freed" in capsys.readouterr().out
+    assert list(folder.iterdir()) == []

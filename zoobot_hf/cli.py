@@ -28,6 +28,7 @@ from .models.modeling_zoobot import ZoobotForImageClassification
 from .prediction.survey import predict_galaxies
 from .publishing.hub import TOKEN_ADVICE, HubPushError, push_folder
 from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
+from .training.embedding_cache import cache_folder, clear_cache, list_cache
 from .training.finetuning import Finetuned, finetune
 
 DEMO_GALAXIES = 1500
@@ -121,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune_options(tune)
     predict = _add_command(commands, "predict", help="write a table of predictions for a catalog or a folder of images")
     _add_predict_options(predict)
+    cache = _add_command(commands, "cache", help="list the embeddings that are kept on disk, or delete them")
+    cache.add_argument("--clear", action="store_true", help="delete them all")
+    cache.add_argument("--debug", action="store_true", help="show where an error came from")
+    cache.set_defaults(command=_cache)
     for command in (demo, tune):
         command.add_argument(
             "--seed", type=_number(int, 0, at_most=LARGEST_SEED), default=42, help="(default: %(default)s)"
@@ -285,6 +290,19 @@ def _predict(options: argparse.Namespace) -> int:
     write_catalog(failures, failures_path)
     _complain(f"{len(failures)} of {len(catalog)} images can't be read; their reasons: {failures_path}")
     return 1
+
+
+def _cache(options: argparse.Namespace) -> int:
+    if options.clear:
+        print(f"{clear_cache() / 1e6:.1f} MB freed in {cache_folder()}")
+        return 0
+    files = list_cache()
+    for file in files:
+        print(
+            f"{file.size / 1e6:10.1f} MB  {file.images:8} images x {file.views} views  {file.encoder}  {file.path.name}"
+        )
+    print(f"{sum(file.size for file in files) / 1e6:10.1f} MB in {cache_folder()}")
+    return 0
 
 
 def _check_tables(images: Path, *tables: Path) -> None:
