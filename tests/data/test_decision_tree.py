@@ -237,7 +237,7 @@ def test_a_parent_is_listed_once():
 
 
 def test_a_question_has_two_answers_or_more():
-    with pytest.raises(ValueError, match="the question 'bar' has 1 answers; give at least 2"):
+    with pytest.raises(ValueError, match="the question 'bar' has 1 answers; give two or more"):
         tree_of(question("bar", "yes"))
 
 
