@@ -4,7 +4,14 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from .data.balance import BalancedSplit, balance_classes, measure_prevalence
 from .data.catalog import read_catalog, read_galaxies, write_catalog
-from .data.dataset import catalog_to_dataset, load_galaxy_dataset, split_dataset
+from .data.dataset import (
+    catalog_to_dataset,
+    load_galaxy_dataset,
+    load_galaxy_votes,
+    read_votes,
+    split_dataset,
+    votes_to_dataset,
+)
 from .data.decision_tree import Answer, DecisionTree, Question, join_trees, load_survey, load_tree, survey_names
 from .data.rings import keep_featured_face_on, label_rings_by_votes, load_rings, load_rings_by_votes
 from .data.simulation import simulate_galaxies
@@ -53,6 +60,7 @@ __all__ = [
     "keep_featured_face_on",
     "label_rings_by_votes",
     "load_galaxy_dataset",
+    "load_galaxy_votes",
     "load_rings",
     "load_rings_by_votes",
     "load_survey",
@@ -62,6 +70,7 @@ __all__ = [
     "push_folder",
     "read_catalog",
     "read_galaxies",
+    "read_votes",
     "simulate_galaxies",
     "small_encoder_config",
     "split_dataset",
@@ -69,5 +78,6 @@ __all__ = [
     "tree_layout",
     "unfrozen_arguments_from_scratch",
     "vote_fraction_intervals",
+    "votes_to_dataset",
     "write_catalog",
 ]
