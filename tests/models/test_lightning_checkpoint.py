@@ -238,6 +238,12 @@ def test_a_folder_with_several_files_is_refused(tree_file, classifier_file):
         ZoobotModel.from_pretrained(tree_file[1].parent)
 
 
+def test_another_file_is_no_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(OSError, match="is neither a folder here nor a Hub id of the form user/name"):
+        ZoobotModel.from_pretrained(tmp_path / "model.safetensors")
+
+
 # Zoobot itself --------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ from zoobot_hf import (
 )
 
 DECALS, EUCLID = load_survey("decals_dr5").to_dict(), load_survey("euclid").to_dict()
+DECALS_COLUMNS, EUCLID_COLUMNS = load_survey("decals_dr5").vote_columns, load_survey("euclid").vote_columns
+EUCLID_COUNTS = [len(question["answers"]) for question in EUCLID["questions"]]
 
 
 def config_of(encoder="layer_norm", tree=DECALS, **fields):
@@ -229,7 +231,32 @@ def test_answers_that_both_surveys_share_start_from_the_old_head(head_type, tmp_
     assert "13 are new: smooth-or-featured-euclid_problem, clumps-euclid_yes, clumps-euclid_no, problem" in caplog.text
 
 
-EUCLID_COLUMNS = load_survey("euclid").vote_columns
+def train_an_epoch(model, embeddings, votes, *, epochs=1):
+    """The loss on the same galaxies after so many epochs."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(model.head.parameters(), lr=0.01)
+    for rows in list(torch.arange(len(embeddings)).split(32)) * epochs:
+        optimizer.zero_grad()
+        model.train()(embeddings=embeddings[rows], labels=votes[rows]).loss.backward()
+        optimizer.step()
+    return model.eval()(embeddings=embeddings, labels=votes).loss.item()
+
+
+def test_a_trained_tree_finetunes_to_another_surveys_questions_better_than_a_new_head(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(256, 16, generator=generator)
+    logits = 3 * embeddings @ torch.randn(16, 46, generator=generator)
+    probabilities = torch.cat([part.softmax(1) for part in logits.split(EUCLID_COUNTS, dim=1)], 1)
+    euclid_votes = (20 * probabilities).round()
+    # Both surveys ask the same but for a third of the first question, a problem or an artifact.
+    in_euclid = [column.replace("-dr5", "-euclid").replace("_artifact", "_problem") for column in DECALS_COLUMNS]
+    of_decals = [EUCLID_COLUMNS.index(column) for column in in_euclid]
+    old = model_of(head_dropout=0.0)
+    train_an_epoch(old, embeddings, euclid_votes[:, of_decals], epochs=10)
+    old.save_pretrained(tmp_path / "decals")
+    started = ZoobotForGalaxyZoo.from_pretrained(tmp_path / "decals", decision_tree=EUCLID)
+    fresh = model_of(tree=EUCLID, head_dropout=0.0)
+    assert train_an_epoch(started, embeddings, euclid_votes) < 0.9 * train_an_epoch(fresh, embeddings, euclid_votes)
 
 
 def test_a_head_of_another_type_starts_afresh(saved, caplog):

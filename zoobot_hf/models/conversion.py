@@ -66,7 +66,7 @@ def local_copy(name_or_path: str | Path, **hub_arguments: Any) -> Path:
     Raises:
         OSError: No such folder and no such repository, revision or network.
     """
-    if Path(name_or_path).is_dir() or Path(name_or_path).is_file():
+    if Path(name_or_path).is_dir() or (Path(name_or_path).is_file() and Path(name_or_path).suffix == ".ckpt"):
         return Path(name_or_path)
     name = str(name_or_path)
     try:
