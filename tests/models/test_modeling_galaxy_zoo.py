@@ -267,6 +267,12 @@ def test_a_head_of_another_type_starts_afresh(saved, caplog):
     assert new.head[-1].weight.shape == (46, 256)
 
 
+def test_a_head_of_another_type_answers_the_same_tree(saved):
+    new = ZoobotForGalaxyZoo.from_pretrained(saved[1], head_type="mlp", head_hidden_size=8)
+    assert new.config.decision_tree == DECALS
+    assert new.head[1].weight.shape == (8, 16)
+
+
 def test_the_encoder_of_a_finetuned_tree_is_kept(saved):
     model, folder = saved
     new = ZoobotForGalaxyZoo.from_pretrained(folder, decision_tree=EUCLID)
@@ -312,6 +318,11 @@ def test_a_classifier_takes_the_encoder_and_forgets_the_tree(saved):
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.encoder.state_dict().items())
     assert classifier.config.decision_tree is None
     assert classifier.config.problem_type == "single_label_classification"
+
+
+def test_auto_classes_put_a_classifiers_head_on_the_encoder_when_given_labels(saved):
+    classifier = AutoModelForImageClassification.from_pretrained(saved[1], num_labels=3)
+    assert (classifier.config.decision_tree, classifier.head[-1].weight.shape) == (None, (3, 16))
 
 
 @pytest.mark.parametrize("loader", [ZoobotForImageClassification, AutoModelForImageClassification])

@@ -22,7 +22,7 @@ CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label
 }
 HEAD_FIELDS = ("id2label", "problem_type", "head_type", "head_hidden_size")
 # What is known of an old head's classes and training says nothing about a new head.
-FIELDS_OF_OLD_HEAD = ("class_weights", "sky_prevalence", "training_prevalence", "decision_tree")
+FIELDS_OF_OLD_HEAD = ("class_weights", "sky_prevalence", "training_prevalence")
 
 
 @dataclass
@@ -102,17 +102,19 @@ class Checkpoint:
         settings = (self.given_config or saved).to_dict()
         if self.asks_for_new_head():
             settings |= {name: None for name in FIELDS_OF_OLD_HEAD if settings[name] == getattr(saved, name)}
-            if saved.problem_type == "votes":
-                del settings["problem_type"]  # goes with the tree
+        if self.has_decision_tree and self._asks_for_other("id2label", "problem_type"):
+            settings["decision_tree"] = None
+            del settings["problem_type"]  # "votes" goes with the tree
         return ZoobotConfig.from_dict({**settings, **self.fields})
 
     def asks_for_new_head(self) -> bool:
         """Whether the head that was asked for is another than the saved one."""
+        return self._asks_for_other(*HEAD_FIELDS)
+
+    def _asks_for_other(self, *names: str) -> bool:
         # The Auto classes put changed labels into the configuration that they give, so the saved one decides.
         given = self.given_config or self.saved_config
-        return any(
-            self.fields.get(name, getattr(given, name)) != getattr(self.saved_config, name) for name in HEAD_FIELDS
-        )
+        return any(self.fields.get(name, getattr(given, name)) != getattr(self.saved_config, name) for name in names)
 
     def load_foreign_encoder(self) -> tuple[PreTrainedModel, ZoobotConfig]:
         """The encoder of what isn't a zoobot_hf repository, and the configuration of a model around it.
