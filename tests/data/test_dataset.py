@@ -10,7 +10,15 @@ from PIL import Image
 
 from zoobot_hf.data import dataset as dataset_module
 from zoobot_hf.data.catalog import CatalogError, read_galaxies, write_catalog
-from zoobot_hf.data.dataset import catalog_to_dataset, load_galaxy_dataset, split_dataset
+from zoobot_hf.data.dataset import (
+    catalog_to_dataset,
+    load_galaxy_dataset,
+    load_galaxy_votes,
+    read_votes,
+    split_dataset,
+    votes_to_dataset,
+)
+from zoobot_hf.data.decision_tree import load_survey, load_tree
 
 RINGS = Path(__file__).resolve().parents[2] / "../shared/data/rings"
 CLASS_NAMES = ["not ring", "ring"]
@@ -459,3 +467,127 @@ def test_the_ring_galaxies_are_split():
 
     assert [np.bincount(split["label"]).tolist() for split in splits.values()] == [[164, 164], [24, 24], [47, 47]]
     assert splits["test"][0]["image"].size == (424, 424)
+
+
+# Votes ----------------------------------------------------------------------------------------------------------
+
+TREE = load_tree(
+    {
+        "name": "small",
+        "questions": [
+            {
+                "name": name,
+                "asked_after": asked_after,
+                "answers": [{"name": answer, "vote_column": f"{name}_{answer}"} for answer in answers],
+            }
+            for name, asked_after, answers in (
+                ("shape", [], ["smooth", "disk"]),
+                ("bar", ["shape_disk"], ["yes", "no"]),
+            )
+        ],
+    }
+)
+VOTES = {"bar_no": [3, 0, 0], "bar_yes": [1, 0, 0], "shape_smooth": [5, 8, 2], "shape_disk": [4, 0, 0]}
+IN_ORDER = [[5, 4, 1, 3], [8, 0, 0, 0], [2, 0, 0, 0]]
+
+
+def catalog_of_votes(folder, **changes):
+    return make_catalog(folder, 3, **{**VOTES, **changes})
+
+
+def test_votes_become_a_label_by_column_in_the_trees_order(tmp_path):
+    catalog = catalog_of_votes(tmp_path, redshift=[0.1, 0.2, 0.3], bar_yes_fraction=[0.25, 0.0, 0.0])
+    dataset = votes_to_dataset(catalog, TREE, keep_columns=["redshift"])
+    assert dataset.column_names == ["id_str", "image", "redshift", "label"]
+    assert list(dataset.features["label"]) == TREE.vote_columns
+    assert dataset.features["label"]["bar_no"] == datasets.Value("float32")
+    assert [list(votes.values()) for votes in dataset["label"][:]] == IN_ORDER
+    assert list(dataset[0]["label"]) == TREE.vote_columns
+    votes = read_votes(dataset, TREE)
+    assert votes.dtype == np.float32
+    assert votes.tolist() == IN_ORDER
+
+
+def test_votes_are_split_with_their_galaxies(tmp_path):
+    catalog = make_catalog(tmp_path, 30, **{name: range(30) for name in VOTES})
+    splits = split_dataset(votes_to_dataset(catalog, TREE), seed=0)
+    for split in splits.values():
+        assert read_votes(split, TREE)[:, 0].astype(int).tolist() == [int(name[1:]) for name in split["id_str"]]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_question_may_be_missing(missing, tmp_path):
+    catalog = catalog_of_votes(tmp_path, bar_yes=[1, missing, 0], bar_no=[3, missing, 0])
+    votes = read_votes(votes_to_dataset(catalog, TREE), TREE)
+    assert np.isnan(votes).tolist() == [[False] * 4, [False, False, True, True], [False] * 4]
+
+
+def test_integers_that_can_be_missing_are_read(tmp_path):
+    catalog = catalog_of_votes(tmp_path)
+    catalog["bar_yes"] = catalog["bar_no"] = pd.array([1, None, 0], dtype="Int64")
+    assert np.isnan(read_votes(votes_to_dataset(catalog, TREE), TREE)).sum() == 2
+
+
+def test_a_question_is_missing_as_a_whole(tmp_path):
+    message = r"question 'bar' misses the votes in 'bar_yes' and has others, for 1 galaxy: 'g1'; give 0 where"
+    with pytest.raises(CatalogError, match=message):
+        votes_to_dataset(catalog_of_votes(tmp_path, bar_yes=[1, None, 0]), TREE)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(-1, "-1"), (0.25, "0.25"), ("many", "'many'")])
+def test_votes_that_are_no_counts_are_named(value, shown, tmp_path):
+    message = rf"votes hold .*{shown}.* in the column 'bar_yes' for 1 galaxy: 'g1'; give counts of volunteers"
+    with pytest.raises(CatalogError, match=message):
+        votes_to_dataset(catalog_of_votes(tmp_path, bar_yes=[1, value, 0]), TREE)
+
+
+def test_a_missing_vote_column_is_named(tmp_path):
+    catalog = catalog_of_votes(tmp_path).drop(columns="bar_no")
+    with pytest.raises(CatalogError, match=r"no vote column 'bar_no', 1 in all, of the decision tree 'small'; the col"):
+        votes_to_dataset(catalog, TREE)
+
+
+def test_a_vote_column_that_the_tree_does_not_have_is_named(tmp_path):
+    with pytest.raises(CatalogError, match="decision tree 'small' doesn't have the vote column 'bar_perhaps'; add"):
+        votes_to_dataset(catalog_of_votes(tmp_path, bar_perhaps=[0, 0, 1]), TREE)
+
+
+@pytest.mark.parametrize("column", ["bar_total-votes", "bar_yes_fraction", "bar_yes_debiased", "barred"])
+def test_columns_that_are_derived_from_votes_are_none(column, tmp_path):
+    dataset = votes_to_dataset(catalog_of_votes(tmp_path, **{column: [0.5, 0.5, 0.5]}), TREE)
+    assert read_votes(dataset, TREE).tolist() == IN_ORDER
+
+
+def test_votes_of_another_tree_are_not_read(tmp_path):
+    dataset = votes_to_dataset(catalog_of_votes(tmp_path), TREE)
+    with pytest.raises(
+        ValueError, match=r"the dataset's votes are 'shape_smooth', .* those of the decision tree 'rings"
+    ):
+        read_votes(dataset, load_survey("rings"))
+    with pytest.raises(ValueError, match="the dataset's votes are not there, those of the decision tree 'rings'"):
+        read_votes(dataset.remove_columns("label"), load_survey("rings"))
+
+
+def test_a_catalog_file_with_votes_is_loaded(tmp_path):
+    catalog_of_votes(tmp_path).to_csv(tmp_path / "catalog.csv", index=False)
+    for source in (tmp_path, tmp_path / "catalog.csv"):
+        assert read_votes(load_galaxy_votes(source, TREE), TREE).tolist() == IN_ORDER
+
+
+def test_a_folder_of_images_has_no_votes(tmp_path):
+    save_image(tmp_path / "galaxy.png")
+    with pytest.raises(CatalogError, match="is a folder of images without votes; add a catalog with them"):
+        load_galaxy_votes(tmp_path, TREE)
+
+
+def test_a_hub_dataset_with_votes_is_loaded(hub):
+    split = make_hub_split([0, 0, 0])
+    for name, votes in VOTES.items():
+        split = split.add_column(name, votes)
+    hub(datasets.DatasetDict(train=split, test=split))
+    splits = load_galaxy_votes("user/votes", TREE, id_column="iauname", image_column="picture")
+    assert set(splits) == {"train", "test"}
+    assert splits["train"].column_names == ["id_str", "image", "label"]
+    assert read_votes(splits["test"], TREE).tolist() == IN_ORDER
+    with pytest.raises(CatalogError, match="no vote column 'ring_yes', 'ring_no', 2 in all"):
+        load_galaxy_votes("user/votes", load_survey("rings"))

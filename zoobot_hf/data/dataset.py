@@ -1,6 +1,7 @@
 """From a catalog, a folder or a Hub dataset to a `datasets.Dataset` with labels, and from there to its splits.
 
-A dataset has the columns `id_str` and `image`, and `label` where labels were asked for. Images are decoded when a row
+A dataset has the columns `id_str` and `image`, and `label` where labels were asked for: one value or, of votes, one
+for each vote column of a decision tree. Images are decoded when a row
 is read and not before. Pillow decodes them; for FITS images take the column without decoding,
 `dataset.cast_column("image", datasets.Image(decode=False))`, and hand the paths to the image processor.
 """
@@ -23,6 +24,7 @@ from zoobot_hf.data.catalog import (
     read_galaxies,
     read_image_folder,
 )
+from zoobot_hf.data.decision_tree import DecisionTree
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -31,6 +33,8 @@ VALIDATION_FRACTION = 0.1
 TEST_FRACTION = 0.2
 
 _SPLITS = ("train", "validation", "test")
+# What catalogs of Galaxy Zoo add to the names of questions and of vote columns.
+_DERIVED_FROM_VOTES = ("_fraction", "_debiased", "_total-votes", "_90pc-lower", "_90pc-upper", "_proportion-asked")
 _HUB_IDENTIFIER = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -133,6 +137,100 @@ def load_galaxy_dataset(
     if columns:
         splits = _add_labels_to_splits(splits, labels=labels, label_names=label_names, problem_type=problem_type)
     return datasets.DatasetDict(splits)
+
+
+def votes_to_dataset(
+    catalog: pd.DataFrame, tree: DecisionTree, *, keep_columns: Sequence[str] = ()
+) -> datasets.Dataset:
+    """A dataset with the votes on each row of a catalog, in the same order.
+
+    Args:
+        catalog: A table as `read_catalog` returns it, with the tree's vote columns: counts, 0 where a question was not
+            asked, and empty where the votes are missing.
+        tree: The survey's questions.
+        keep_columns: Further columns to keep.
+
+    Returns:
+        A dataset with `id_str`, `image`, the kept columns and `label`: the votes by column, float32, in the tree's
+        order; NaN where they are missing.
+
+    Raises:
+        CatalogError: A vote column is missing, or the tree doesn't have it; votes are negative, fractional or no
+            numbers; a question has votes for some of its answers and misses others.
+    """
+    _check_vote_columns(catalog.columns, tree)
+    dataset = catalog_to_dataset(catalog, label_column=None, keep_columns=keep_columns)
+    return _add_votes(dataset, votes=catalog[tree.vote_columns], tree=tree)
+
+
+def load_galaxy_votes(
+    source: str | Path,
+    tree: DecisionTree,
+    *,
+    keep_columns: Sequence[str] = (),
+    id_column: str | None = "id_str",
+    image_column: str = "image",
+    configuration: str | None = None,
+    revision: str | None = None,
+) -> datasets.Dataset | datasets.DatasetDict:
+    """A dataset of galaxies with volunteers' votes, from a catalog or the Hub.
+
+    Args:
+        source: A catalog file; a folder with a catalog; a folder of Parquet files as the Hub lays them out; or the id
+            of a dataset on the Hub.
+        tree: The survey's questions.
+        keep_columns: Further columns to keep.
+        id_column: The galaxies' names in a Hub dataset; None numbers its rows.
+        image_column: The images in a Hub dataset.
+        configuration: Which configuration of a Hub dataset.
+        revision: Which branch, tag or commit of a Hub dataset.
+
+    Returns:
+        A `Dataset` from a catalog, and a `DatasetDict` where the source comes in splits; columns as in
+        `votes_to_dataset`.
+
+    Raises:
+        CatalogError: There is nothing at `source`; it is a folder of images, without votes; or what `read_galaxies` and
+            `votes_to_dataset` refuse.
+    """
+    layout = _find_layout(source)
+    if layout == "image splits" or (Path(source).is_dir() and layout == "galaxies" and not find_catalog(Path(source))):
+        raise CatalogError(f"source {str(source)!r} is a folder of images without votes; add a catalog with them.")
+    if layout == "galaxies":
+        return votes_to_dataset(read_galaxies(source), tree, keep_columns=keep_columns)
+    splits = {}
+    for name, split in _load_hub_dataset(str(source), configuration=configuration, revision=revision).items():
+        _check_vote_columns(split.column_names, tree)
+        votes = split.select_columns(tree.vote_columns).to_pandas()
+        dataset = _rename_columns(
+            split, split_name=name, id_column=id_column, image_column=image_column, keep_columns=keep_columns
+        )
+        splits[name] = _add_votes(dataset, votes=votes, tree=tree)
+    return datasets.DatasetDict(splits)
+
+
+def read_votes(dataset: datasets.Dataset, tree: DecisionTree) -> np.ndarray:
+    """The votes of a dataset, without decoding an image.
+
+    Args:
+        dataset: From `votes_to_dataset` or `load_galaxy_votes`.
+        tree: The tree that it was made with.
+
+    Returns:
+        float32, (galaxies, answers), in the order of the dataset and of `tree.vote_columns`; NaN where missing.
+
+    Raises:
+        ValueError: The dataset has no votes, or those of another tree.
+    """
+    feature = dataset.features.get("label")
+    columns = list(feature) if isinstance(feature, dict) else []
+    if columns != tree.vote_columns:
+        raise ValueError(
+            f"the dataset's votes are {_quote(columns[:5]) or 'not there'}, those of the decision tree {tree.name!r} "
+            f"{_quote(tree.vote_columns[:5])}, ...; load it with this tree, or use the one it was loaded with."
+        )
+    table = dataset.select_columns(["label"]).flatten().to_pandas()
+    return np.asarray(table[[f"label.{column}" for column in columns]].to_numpy(dtype="float32"))
 
 
 def split_dataset(
@@ -295,6 +393,63 @@ def _add_labels(
     check_labels_exist(pd.Series(dataset["id_str"][:]), labels=column, column=str(column.name))
     names = _name_classes(column) if label_names is None else list(label_names)
     return dataset.add_column("label", _encode_classes(column, names=names), feature=datasets.ClassLabel(names=names))
+
+
+def _check_vote_columns(there: Sequence[str] | pd.Index, tree: DecisionTree) -> None:
+    missing = [column for column in tree.vote_columns if column not in there]
+    if missing:
+        raise CatalogError(
+            f"no vote column {_quote(missing[:10])}, {len(missing)} in all, of the decision tree {tree.name!r}; the "
+            f"columns are {_quote(there)}. Rename them, or choose the tree that they belong to."
+        )
+    # A column of the tree may itself begin with a question's name and "_", when that is another question's too.
+    prefixes = tuple(f"{question.name}_" for question in tree.questions)
+    known = set(tree.vote_columns)
+    unknown = [
+        name
+        for name in map(str, there)
+        if name.startswith(prefixes) and name not in known and not name.endswith(_DERIVED_FROM_VOTES)
+    ]
+    if unknown:
+        raise CatalogError(
+            f"the decision tree {tree.name!r} doesn't have the vote column {_quote(unknown)}; add these answers to "
+            "the tree, or, if they are none, rename or leave out these columns."
+        )
+
+
+def _add_votes(dataset: datasets.Dataset, *, votes: pd.DataFrame, tree: DecisionTree) -> datasets.Dataset:
+    counts = votes.apply(pd.to_numeric, errors="coerce").astype("float64")
+    is_wrong = (counts.isna() & votes.notna()) | (counts < 0) | (counts % 1 != 0) & counts.notna()
+    if is_wrong.to_numpy().any():
+        names = is_wrong.columns[is_wrong.any()].tolist()
+        galaxies = np.flatnonzero(is_wrong.any(axis=1))
+        raise CatalogError(
+            f"votes hold {votes[names[0]][is_wrong[names[0]]].iloc[0]!r} in the column {_quote(names[:5])}"
+            f"{', ...' if len(names) > 5 else ''} for {describe(dataset.select(galaxies)['id_str'][:])}; give counts "
+            "of volunteers, whole and not negative, and no fractions."
+        )
+    _check_questions_are_whole(dataset, counts=counts, tree=tree)
+    feature = {column: datasets.Value("float32") for column in tree.vote_columns}
+    table = pa.StructArray.from_arrays(
+        [pa.array(counts[column].to_numpy(dtype="float32")) for column in tree.vote_columns], names=tree.vote_columns
+    )
+    labels = datasets.Dataset(
+        pa.table({"label": table}), info=datasets.DatasetInfo(features=datasets.Features(label=feature))
+    )
+    return datasets.concatenate_datasets([dataset, labels], axis=1)
+
+
+def _check_questions_are_whole(dataset: datasets.Dataset, *, counts: pd.DataFrame, tree: DecisionTree) -> None:
+    for question in tree.questions:
+        is_missing = counts[[answer.vote_column for answer in question.answers]].isna()
+        is_partial = (is_missing.any(axis=1) & ~is_missing.all(axis=1)).to_numpy()
+        if is_partial.any():
+            raise CatalogError(
+                f"the question {question.name!r} misses the votes in "
+                f"{_quote(is_missing.columns[is_missing[is_partial].any()])} and has others, for "
+                f"{describe(dataset.select(np.flatnonzero(is_partial))['id_str'][:])}; give 0 where nobody chose an "
+                "answer, and leave all of a question's votes out where they are not known."
+            )
 
 
 def _labels_as_text(labels: pd.Series) -> pd.Series:

@@ -7,9 +7,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .votes import tree_layout
+
 HEAD_TYPES = ("linear", "mlp")
 POOLINGS = ("pooler", "first_token", "mean")
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression", "votes")
+VOTE_LOSS_REDUCTIONS = ("sum", "mean")
 # Far above any encoder's; a damaged config.json can't ask for all of the memory.
 LARGEST_WIDTH = 65536
 
@@ -27,6 +30,10 @@ class ZoobotConfig(PreTrainedConfig):
         label_smoothing: Share of each label that is spread over all classes in training, 0-1.
         class_weights: A weight for each class in the training loss, in the order of the labels.
         unit_interval: Whether regression outputs pass through a sigmoid, so that they lie in 0-1.
+        decision_tree: A survey's questions as plain values, as `DecisionTree.to_dict()` returns them. The labels are
+            then its vote columns, and the problem type is "votes".
+        concentration_range: Lowest and highest concentration of an answer, as Zoobot 2.9.0 has them.
+        vote_loss_reduction: Whether the loss of a galaxy's votes is the "sum" or the "mean" over the tree's questions.
         sky_prevalence: Share of each class before balancing, by label name; sums to 1.
         training_prevalence: Share of each class that the model was trained at, by label name; sums to 1.
         encoder_name: Hub id or folder name of the pretrained encoder.
@@ -52,6 +59,9 @@ class ZoobotConfig(PreTrainedConfig):
         label_smoothing: float = 0.0,
         class_weights: list[float] | None = None,
         unit_interval: bool = False,
+        decision_tree: dict[str, Any] | None = None,
+        concentration_range: tuple[float, float] | list[float] = (1.0, 101.0),
+        vote_loss_reduction: str = "sum",
         sky_prevalence: dict[str, float] | None = None,
         training_prevalence: dict[str, float] | None = None,
         encoder_name: str | None = None,
@@ -60,6 +70,8 @@ class ZoobotConfig(PreTrainedConfig):
         kwargs.setdefault("problem_type", "single_label_classification")
         if not isinstance(kwargs.get("id2label") or {}, dict):
             raise ValueError(f"id2label is {kwargs['id2label']!r}; give a dictionary from numbers to names.")
+        if decision_tree is not None:
+            kwargs |= labels_of_votes(decision_tree, id2label=kwargs.get("id2label"))
         super().__init__(**kwargs)
         self.encoder_config = _as_config(encoder_config)
         self.embedding_size = embedding_size
@@ -70,6 +82,9 @@ class ZoobotConfig(PreTrainedConfig):
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.unit_interval = unit_interval
+        self.decision_tree = decision_tree
+        self.concentration_range = list(concentration_range)
+        self.vote_loss_reduction = vote_loss_reduction
         self.sky_prevalence = sky_prevalence
         self.training_prevalence = training_prevalence
         self.encoder_name = encoder_name
@@ -89,7 +104,8 @@ class ZoobotConfig(PreTrainedConfig):
         return output
 
     def _check(self) -> None:
-        for name, choices in (("head_type", HEAD_TYPES), ("pooling", POOLINGS), ("problem_type", PROBLEM_TYPES)):
+        choices_of = {"head_type": HEAD_TYPES, "pooling": POOLINGS, "problem_type": PROBLEM_TYPES}
+        for name, choices in {**choices_of, "vote_loss_reduction": VOTE_LOSS_REDUCTIONS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
         for name in ("head_dropout", "label_smoothing"):
@@ -102,6 +118,16 @@ class ZoobotConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {width!r}; give a whole number from 1 to {LARGEST_WIDTH}.")
         self._check_labels()
         self._check_prevalences()
+        self._check_votes()
+
+    def _check_votes(self) -> None:
+        if self.problem_type == "votes" and self.decision_tree is None:
+            raise ValueError("problem_type is 'votes' and there is no decision_tree; give the survey's.")
+        limits = self.concentration_range
+        if len(limits) != 2 or not all(_is_number(limit) for limit in limits) or not 0 < limits[0] < limits[1]:
+            raise ValueError(
+                f"concentration_range is {limits!r}; give the lowest and the highest concentration, both above 0."
+            )
 
     def _check_prevalences(self) -> None:
         for name in ("sky_prevalence", "training_prevalence"):
@@ -124,6 +150,28 @@ class ZoobotConfig(PreTrainedConfig):
                 f"class_weights has {len(weights)} values for {self.num_labels} labels "
                 f"({', '.join(self.label_names)}); give one for each, in this order."
             )
+
+
+def labels_of_votes(decision_tree: dict[str, Any], *, id2label: dict[Any, str] | None = None) -> dict[str, Any]:
+    """The labels and the problem type that belong to a decision tree, as fields of a configuration.
+
+    Args:
+        decision_tree: Plain values, as in `ZoobotConfig`.
+        id2label: Labels that were given as well.
+
+    Raises:
+        ValueError: The tree isn't one, or the labels are not its vote columns.
+    """
+    columns = tree_layout(decision_tree).vote_columns
+    # In a saved configuration the numbers are text, and in the order of text.
+    given = [id2label[number] for number in sorted(id2label, key=int)] if id2label else columns
+    if given != columns:
+        raise ValueError(
+            f"the labels {', '.join(given[:5])}, ... are not the vote columns of the decision tree "
+            f"{decision_tree['name']!r}, {', '.join(columns[:5])}, ...; leave the labels out."
+        )
+    labels = dict(enumerate(columns))
+    return {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "problem_type": "votes"}
 
 
 def _is_number(value: Any) -> bool:

@@ -24,6 +24,7 @@ from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrap
 
 from .configuration_zoobot import ZoobotConfig
 from .image_processing_zoobot import ZoobotImageProcessor
+from .lightning_checkpoint import ZoobotCheckpoint, find_zoobot_file, read_zoobot_file
 
 logger = logging.getLogger(__name__)
 
@@ -53,25 +54,27 @@ class LoadedEncoder(NamedTuple):
 
 
 def local_copy(name_or_path: str | Path, **hub_arguments: Any) -> Path:
-    """The folder with a repository's configuration and weights, downloaded where it isn't local.
+    """The folder with a repository's configuration and weights, downloaded where it isn't local; or a local file.
 
     The weights are fetched before transformers sees the repository. Given the name of one without safetensors,
     transformers starts a thread that posts the name and the user's token to an outside conversion service.
 
     Args:
-        name_or_path: A local folder or a Hub id.
+        name_or_path: A local folder, a `.ckpt` file of Zoobot's, or a Hub id.
         **hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
     Raises:
         OSError: No such folder and no such repository, revision or network.
     """
-    if Path(name_or_path).is_dir():
+    if Path(name_or_path).is_dir() or (Path(name_or_path).is_file() and Path(name_or_path).suffix == ".ckpt"):
         return Path(name_or_path)
     name = str(name_or_path)
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(SAFE_PATTERNS), **hub_arguments))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, allow_patterns=["pytorch_model*.bin"], **hub_arguments)
+            # Zoobot's finetuned models are a Lightning checkpoint and nothing else.
+            pattern = "pytorch_model*.bin" if (folder / "config.json").is_file() else "*.ckpt"
+            snapshot_download(name, allow_patterns=[pattern], **hub_arguments)
     except HFValidationError as error:
         raise OSError(f"{name!r} is neither a folder here nor a Hub id of the form user/name.") from error
     except RevisionNotFoundError as error:
@@ -138,6 +141,41 @@ def load_encoder(folder: Path, *, dtype: torch.dtype | None = None) -> LoadedEnc
         pooling = "first_token"
     check_that_weights_fit(report, folder.name)
     return LoadedEncoder(model, pooling, sorted(report["unexpected_keys"]))
+
+
+def load_zoobot_encoder(
+    checkpoint: ZoobotCheckpoint, encoder_config: PreTrainedConfig | None, *, dtype: torch.dtype | None = None
+) -> LoadedEncoder:
+    """The encoder of a finetuned Zoobot model.
+
+    Args:
+        checkpoint: What the model's file holds.
+        encoder_config: The encoder's own configuration; read off the file when absent.
+        dtype: Type of the weights; float32 when absent.
+
+    Raises:
+        ValueError: The file doesn't say which encoder it is, or its weights are another encoder's.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.encoder.items()}
+    if encoder_config is None:
+        if checkpoint.architecture is None:
+            raise ValueError(
+                f"{checkpoint.name} doesn't say which encoder it has (name is {checkpoint.settings.get('name')!r}); "
+                "give encoder_config, for example TimmWrapperConfig(architecture='convnext_nano')."
+            )
+        facts = {"input_size": [3, DEFAULT_PIXELS, DEFAULT_PIXELS]}
+        settings = {"architecture": checkpoint.architecture, "num_classes": 0, "pretrained_cfg": facts}
+        model_arguments = {"model_args": checkpoint.settings.get("timm_kwargs")}
+        encoder_config = _timm_configuration({**settings, **model_arguments}, shapes)
+    model = build_encoder(encoder_config, "pooler").to(dtype or torch.float32)
+    prefix = "timm_model." if encoder_config.model_type == "timm_wrapper" else ""
+    found = {f"{prefix}{name}": tensor for name, tensor in checkpoint.encoder.items()}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    mismatched = [(name,) for name in wanted if name in found and found[name].shape != wanted[name]]
+    report = {"missing_keys": wanted.keys() - found.keys(), "mismatched_keys": mismatched}
+    check_that_weights_fit(report, checkpoint.name)
+    model.load_state_dict({name: found[name] for name in wanted})
+    return LoadedEncoder(model.eval(), "pooler", sorted(found.keys() - wanted.keys()))
 
 
 def check_that_weights_fit(report: dict[str, Any], name: str) -> None:
@@ -271,6 +309,11 @@ def image_processor_for(
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization is {normalization!r}; choose one of {', '.join(NORMALIZATIONS)}.")
     folder = local_copy(name_or_path, **hub_arguments)
+    zoobot_file = find_zoobot_file(folder)
+    if zoobot_file is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in read_zoobot_file(zoobot_file).encoder.items()}
+        channels = _input_channels(shapes) or 3
+        return ZoobotImageProcessor(DEFAULT_PIXELS, num_channels=channels, zoom=DEFAULT_ZOOM if zoom is None else zoom)
     settings = read_configuration(folder)
     if settings.get("model_type") == ZoobotConfig.model_type:
         changes = {} if zoom is None else {"zoom": zoom}

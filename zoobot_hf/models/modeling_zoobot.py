@@ -1,6 +1,5 @@
 """An encoder as transformers knows it, and an encoder with a classification head."""
 
-import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from .checkpoint import Checkpoint
 from .configuration_zoobot import ZoobotConfig
-from .conversion import (
-    HUB_ARGUMENTS,
-    build_encoder,
-    check_that_weights_fit,
-    load_encoder,
-    local_copy,
-    read_configuration,
-    read_weight_shapes,
-)
+from .conversion import build_encoder, check_that_weights_fit, read_weight_shapes
 from .heads import apply_unit_interval, build_head, head_loss
 
 logger = logging.getLogger(__name__)
@@ -141,7 +133,7 @@ class ZoobotPreTrainedModel(PreTrainedModel):
         return model.eval()
 
     @classmethod
-    def _from_own_repository(cls, source: "_Checkpoint") -> Self:
+    def _from_own_repository(cls, source: Checkpoint) -> Self:
         """A model with all of its weights from a zoobot_hf repository."""
         read_weight_shapes(source.folder)  # says so in a clear line where they are damaged
         keywords = {**source.other_arguments, "config": source.wanted_config(), "use_safetensors": True}
@@ -186,7 +178,7 @@ class ZoobotModel(ZoobotPreTrainedModel):
             OSError: No such folder or repository, or no network.
             ValueError: The checkpoint doesn't fit its configuration.
         """
-        source = _Checkpoint.find(pretrained_model_name_or_path, kwargs)
+        source = Checkpoint.find(pretrained_model_name_or_path, kwargs)
         return cls._from_own_repository(source) if source.is_ours else cls._around(*source.load_foreign_encoder())
 
     def forward(self, pixel_values: Tensor) -> ZoobotModelOutput:
@@ -211,9 +203,17 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
 
     Args:
         config: The configuration, with `encoder_config` and the labels.
+
+    Raises:
+        ValueError: The configuration has no encoder, or has a decision tree.
     """
 
     def __init__(self, config: ZoobotConfig) -> None:
+        if config.decision_tree is not None:
+            raise ValueError(
+                f"the model answers the decision tree {config.decision_tree['name']!r}; load it with "
+                "ZoobotForGalaxyZoo, or give label_names for a new head."
+            )
         super().__init__(config)
         self.zoobot = ZoobotModel(config)
         self.head = build_head(config)
@@ -229,7 +229,8 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
         """A finetuned model as it is, or a trained encoder with a new head; the log says which.
 
         A zoobot_hf repository is taken as it is, unless another head is asked for: other labels, another problem or
-        head type. Any other repository is an encoder and gets a new head.
+        head type. So is a `.ckpt` file of Zoobot's, or a repository that holds one, with as many labels as outputs.
+        Any other repository is an encoder and gets a new head.
 
         Args:
             pretrained_model_name_or_path: A local folder or a Hub id.
@@ -242,7 +243,7 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
             OSError: No such folder or repository, or no network.
             ValueError: The checkpoint doesn't fit its configuration.
         """
-        source = _Checkpoint.find(pretrained_model_name_or_path, kwargs)
+        source = Checkpoint.find(pretrained_model_name_or_path, kwargs)
         if source.is_ours and not source.asks_for_new_head():
             model = cls._from_own_repository(source)
             logger.info("Loaded %s with its head: %s.", source.name, ", ".join(source.wanted_config().label_names))
@@ -254,6 +255,9 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
             encoder, config = source.load_foreign_encoder()
         model = cls._around(encoder, config)
         model.head = build_head(config).to(encoder.dtype).eval()
+        if source.zoobot_model is not None:
+            source.copy_zoobot_head(model.head, config)
+            return model
         logger.info("The %s head is new, to be trained: %s.", config.head_type, ", ".join(config.label_names))
         return model
 
@@ -279,86 +283,6 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
         if self.config.problem_type == "regression":
             logits = apply_unit_interval(logits, self.config)
         return ZoobotClassifierOutput(loss, logits)
-
-
-CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label", "label2id", "problem_type"} - {
-    "self",
-    "kwargs",
-}
-HEAD_FIELDS = ("id2label", "problem_type", "head_type", "head_hidden_size")
-# What is known of an old head's classes and training says nothing about a new head.
-FIELDS_OF_OLD_HEAD = ("class_weights", "sky_prevalence", "training_prevalence")
-
-
-@dataclass
-class _Checkpoint:
-    """What from_pretrained was given, sorted. `saved_config` is None for an encoder that isn't a zoobot_hf one."""
-
-    name: str
-    folder: Path
-    saved_config: ZoobotConfig | None
-    given_config: ZoobotConfig | None
-    fields: dict[str, Any]
-    other_arguments: dict[str, Any]
-
-    @classmethod
-    def find(cls, name_or_path: str | Path, arguments: dict[str, Any]) -> Self:
-        hub_arguments = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
-        config = arguments.pop("config", None)
-        names = arguments.pop("label_names", None)
-        if names is None and arguments.get("num_labels") is not None:
-            names = [f"LABEL_{index}" for index in range(arguments.pop("num_labels"))]
-        if names is not None:
-            arguments["id2label"] = dict(enumerate(names))
-        fields = {name: arguments.pop(name) for name in CONFIG_FIELDS if name in arguments}
-        if "id2label" in fields:
-            fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
-            fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
-        folder = local_copy(name_or_path, **hub_arguments)
-        is_ours = read_configuration(folder).get("model_type") == ZoobotConfig.model_type
-        saved_config = ZoobotConfig.from_pretrained(str(folder)) if is_ours else None
-        name = str(name_or_path) if not Path(name_or_path).is_dir() else Path(name_or_path).resolve().name
-        return cls(name, folder, saved_config, config, fields, arguments)
-
-    @property
-    def is_ours(self) -> bool:
-        return self.saved_config is not None
-
-    def wanted_config(self) -> ZoobotConfig:
-        assert self.saved_config is not None
-        saved = self.saved_config
-        settings = (self.given_config or saved).to_dict()
-        if self.asks_for_new_head():
-            settings |= {name: None for name in FIELDS_OF_OLD_HEAD if settings[name] == getattr(saved, name)}
-        return ZoobotConfig.from_dict({**settings, **self.fields})
-
-    def asks_for_new_head(self) -> bool:
-        # The Auto classes put changed labels into the configuration that they give, so the saved one decides.
-        given = self.given_config or self.saved_config
-        return any(
-            self.fields.get(name, getattr(given, name)) != getattr(self.saved_config, name) for name in HEAD_FIELDS
-        )
-
-    def load_foreign_encoder(self) -> tuple[PreTrainedModel, ZoobotConfig]:
-        unknown = set(self.other_arguments) - {"dtype"}
-        if self.given_config is not None:
-            unknown.add("config")
-        if unknown:
-            raise ValueError(
-                f"from_pretrained got {', '.join(sorted(unknown))}; for an encoder it takes dtype, label_names, "
-                f"num_labels, {', '.join([*HUB_ARGUMENTS, *sorted(CONFIG_FIELDS)])}."
-            )
-        loaded = load_encoder(self.folder, dtype=self.other_arguments.get("dtype"))
-        settings = {"pooling": loaded.pooling, "encoder_name": self.name, **self.fields}
-        config = ZoobotConfig(loaded.model.config, **settings)
-        logger.info(
-            "Loaded the encoder %s (%s, %.1f million parameters); left out of its checkpoint: %s.",
-            self.name,
-            loaded.model.config.model_type,
-            loaded.model.num_parameters() / 1e6,
-            ", ".join(loaded.left_out) or "nothing",
-        )
-        return loaded.model, config
 
 
 def _keep_frozen_parts_in_evaluation(module: nn.Module, batch_norm_too: bool) -> set[bool]:

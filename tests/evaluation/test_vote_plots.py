@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from zoobot_hf import load_survey
+from zoobot_hf.evaluation.vote_plots import DOTS_PER_INCH, PAGE_WIDTH, plot_vote_fractions
+
+EUCLID, RINGS = load_survey("euclid").to_dict(), load_survey("rings").to_dict()
+
+
+def draw(tree, *, galaxies=60):
+    generator = np.random.default_rng(0)
+    answers = sum(len(question["answers"]) for question in tree["questions"])
+    return generator.uniform(1, 30, (galaxies, answers)), generator.integers(0, 20, (galaxies, answers)).astype(float)
+
+
+def test_every_question_that_was_asked_has_a_panel(tmp_path):
+    concentrations, votes = draw(EUCLID)
+    plot_vote_fractions(concentrations, votes, EUCLID, tmp_path / "figures/all.png")
+    votes[:, 24:] = 0  # what is left are 8 questions, in two rows and not four
+    votes[:5, :3] = np.nan
+    plot_vote_fractions(concentrations, votes, EUCLID, tmp_path / "some.png")
+    with Image.open(tmp_path / "figures/all.png") as all_questions, Image.open(tmp_path / "some.png") as some:
+        assert all_questions.width == some.width == round(PAGE_WIDTH * DOTS_PER_INCH)
+        assert some.height < 0.6 * all_questions.height
+        pixels = np.asarray(some.convert("RGB")).astype(int)
+    assert np.ptp(pixels, axis=2).max() == 0  # readable in grey
+    assert (pixels < 128).mean() > 0.005
+
+
+def test_a_tree_of_one_question_has_one_panel(tmp_path):
+    plot_vote_fractions(*draw(RINGS), RINGS, tmp_path / "rings.png")
+    with Image.open(tmp_path / "rings.png") as image:
+        assert image.width == round(2.4 * DOTS_PER_INCH)
+
+
+def test_predictions_that_follow_the_votes_lie_nearer_the_diagonal(tmp_path):
+    _, votes = draw(RINGS, galaxies=300)
+    plot_vote_fractions(1 + votes, votes, RINGS, tmp_path / "right.png")
+    plot_vote_fractions(1 + votes[:, ::-1], votes, RINGS, tmp_path / "wrong.png")
+    far = []
+    for name in ("right", "wrong"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            pixels = np.asarray(image.convert("L"))
+        # The lower right of the panel, inside its frame.
+        height, width = pixels.shape
+        far.append((pixels[int(0.75 * height) : int(0.8 * height), int(0.75 * width) : int(0.9 * width)] < 250).mean())
+    assert far[0] < 0.05 < far[1]
+
+
+def test_shapes_that_are_not_the_trees_are_refused(tmp_path):
+    concentrations, votes = draw(RINGS)
+    message = r"concentrations have the shape \(60, 2\) and votes \(60, 2\); pass \(galaxies, 46\) for both"
+    with pytest.raises(ValueError, match=message):
+        plot_vote_fractions(concentrations, votes, EUCLID, tmp_path / "figure.png")
+
+
+def test_too_few_votes_are_refused(tmp_path):
+    concentrations, votes = draw(RINGS)
+    with pytest.raises(
+        ValueError, match="no galaxy has 100 votes on any question; pass votes, or a smaller least_votes"
+    ):
+        plot_vote_fractions(concentrations, votes, RINGS, tmp_path / "figure.png", least_votes=100)

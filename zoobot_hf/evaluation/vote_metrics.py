@@ -1,0 +1,310 @@
+"""Metrics of predicted votes as `evaluate.Metric` classes that need no network.
+
+Predictions are the concentrations of a model that answers a decision tree, references are volunteers' votes, both
+(galaxies, answers) in the order of the tree's vote columns. Each metric returns its value for every question, over the
+galaxies that were asked it, under "NAME_QUESTION", and under its own name the mean over the questions that have one. A
+question without a galaxy to score is NaN and is left out of the mean. Votes that are NaN are missing.
+
+A vote fraction of few volunteers scatters around the answer's probability by chance alone: with 20 volunteers and a
+probability of 0.5 by 0.11. `vote_mean_absolute_error` and `vote_root_mean_squared_error` hold that scatter; ask for a
+larger `least_votes` to see less of it. `vote_interval_coverage` takes it into account.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import evaluate
+import numpy as np
+import numpy.typing as npt
+import scipy.special
+import torch
+from transformers import EvalPrediction
+
+from zoobot_hf.models.votes import (
+    INTERVAL,
+    TreeLayout,
+    expected_vote_fractions,
+    tree_layout,
+    vote_fraction_intervals,
+    vote_log_likelihood,
+)
+
+from .metrics import _MetricInMemory
+
+Floats = npt.NDArray[np.float64]
+Booleans = npt.NDArray[np.bool_]
+
+CONFIDENT_VOTES = 10  # as many as Galaxy Zoo asks for before a galaxy counts as a ring in its demonstration catalog
+CONFIDENT_MAJORITY = 0.8  # Walmsley et al. 2022, MNRAS 509, 3966: volunteers who agree by more than this are right
+CASES_AT_ONCE = 20000
+
+
+class _Asked(NamedTuple):
+    """A question's answers, for the galaxies that were asked it."""
+
+    concentrations: Floats
+    votes: Floats
+    predicted_fractions: Floats
+
+    @property
+    def volunteers(self) -> Floats:
+        return np.asarray(self.votes.sum(axis=1))
+
+    @property
+    def observed_fractions(self) -> Floats:
+        return np.asarray(self.votes / self.volunteers[:, None])
+
+
+class VoteMetric(_MetricInMemory):
+    """A score of predicted concentrations against volunteers' votes.
+
+    `compute(predictions=..., references=...)` returns a dictionary: the metric's name with the mean over the questions,
+    and its name with each question's.
+
+    Args:
+        decision_tree: The survey's questions as plain values, as a model's configuration holds them.
+        least_votes: How many votes on a question a galaxy needs to count.
+        options: Further arguments of `evaluate.Metric`.
+
+    Raises:
+        ValueError: From `compute`, when there is no galaxy, the shapes are not the tree's, a concentration is not above
+            0, or votes are no counts.
+    """
+
+    def __init__(self, decision_tree: dict[str, Any], *, least_votes: int = 1, **options: Any) -> None:
+        self.layout = tree_layout(decision_tree)
+        self.least_votes = least_votes
+        super().__init__(**options)
+
+    def _info(self) -> evaluate.MetricInfo:
+        values = datasets.Sequence(datasets.Value("float64"))
+        return self._module_information(datasets.Features({"predictions": values, "references": values}))
+
+    def _compute(
+        self, *, predictions: Sequence[Sequence[float]], references: Sequence[Sequence[float]]
+    ) -> dict[str, float]:
+        concentrations = np.asarray(predictions, dtype=np.float64)
+        votes = np.asarray(references, dtype=np.float64)
+        _check(concentrations, votes, self.layout)
+        scores = {}
+        for name, asked in _asked_by_question(concentrations, votes, self.layout, least_votes=self.least_votes):
+            scores[f"{self.name}_{name}"] = self._score_question(asked) if len(asked.votes) else float("nan")
+        defined = [score for score in scores.values() if not np.isnan(score)]
+        return {self.name: float(np.mean(defined)) if defined else float("nan"), **scores}
+
+    def _score_question(self, asked: _Asked) -> float:
+        """The score of one question, for one galaxy or more."""
+        raise NotImplementedError
+
+
+class VoteAccuracy(VoteMetric):
+    """The share of confident galaxies whose majority answer has the largest expected fraction.
+
+    Args:
+        decision_tree: As in `VoteMetric`.
+        least_votes: How many votes on a question make volunteers confident.
+        majority: The fraction that the answer chosen most has to exceed.
+        options: Further arguments of `evaluate.Metric`.
+    """
+
+    summary = "Share of galaxies whose answer, sure among volunteers, is also the predicted one, 0-1."
+
+    def __init__(
+        self,
+        decision_tree: dict[str, Any],
+        *,
+        least_votes: int = CONFIDENT_VOTES,
+        majority: float = CONFIDENT_MAJORITY,
+        **options: Any,
+    ) -> None:
+        self.majority = majority
+        super().__init__(decision_tree, least_votes=least_votes, **options)
+
+    def _score_question(self, asked: _Asked) -> float:
+        is_confident = asked.observed_fractions.max(axis=1) > self.majority
+        if not is_confident.any():
+            return float("nan")
+        is_right = asked.predicted_fractions.argmax(axis=1) == asked.votes.argmax(axis=1)
+        return float(is_right[is_confident].mean())
+
+
+class VoteMeanAbsoluteError(VoteMetric):
+    """The mean distance between expected and observed vote fractions, over galaxies and answers."""
+
+    summary = "Mean absolute error of vote fractions, 0-1."
+
+    def _score_question(self, asked: _Asked) -> float:
+        return float(np.abs(asked.predicted_fractions - asked.observed_fractions).mean())
+
+
+class VoteRootMeanSquaredError(VoteMetric):
+    """The root of the mean squared distance between expected and observed vote fractions."""
+
+    summary = "Root of the mean squared error of vote fractions, 0-1."
+
+    def _score_question(self, asked: _Asked) -> float:
+        return float(np.sqrt(np.square(asked.predicted_fractions - asked.observed_fractions).mean()))
+
+
+class VoteLogLikelihood(VoteMetric):
+    """The mean logarithm of the probability of a galaxy's votes on a question.
+
+    Minus the sum over the questions, each times the share of galaxies that were asked it, is the model's loss.
+    """
+
+    summary = "Mean logarithm of the probability of the votes, in nats, 0 or less; higher is better."
+
+    def _score_question(self, asked: _Asked) -> float:
+        answers = asked.votes.shape[1]
+        columns = [str(number) for number in range(answers)]
+        one_question = TreeLayout(
+            ["question"], columns, np.zeros(answers, dtype=np.int64), np.zeros((answers, 1), bool), 1
+        )
+        tensors = torch.from_numpy(asked.concentrations), torch.from_numpy(asked.votes)
+        return float(vote_log_likelihood(*tensors, one_question).mean())
+
+
+class VoteIntervalCoverage(VoteMetric):
+    """The share of observed vote counts inside the interval that should hold 90% of them.
+
+    A count of n volunteers follows a beta-binomial distribution. It takes few values, so that no interval holds exactly
+    90%; a count on the interval's edge is therefore inside with the part of its probability that is, as if counts were
+    spread evenly over the steps of their distribution. The expectation is then 0.9 for right concentrations, whatever
+    the numbers of votes.
+    """
+
+    summary = "Share of vote counts inside their 90% interval, 0-1; 0.9 is right."
+
+    def _score_question(self, asked: _Asked) -> float:
+        volunteers = np.repeat(asked.volunteers, asked.votes.shape[1])
+        concentrations = asked.concentrations
+        others = concentrations.sum(axis=1, keepdims=True) - concentrations
+        cases = asked.votes.ravel(), volunteers, concentrations.ravel(), others.ravel()
+        return float(_share_inside(*cases).mean())
+
+
+_VOTE_METRICS = (VoteAccuracy, VoteMeanAbsoluteError, VoteRootMeanSquaredError, VoteLogLikelihood, VoteIntervalCoverage)
+
+
+def vote_metrics_for(decision_tree: dict[str, Any]) -> evaluate.CombinedEvaluations:
+    """Every metric of votes, combined into one.
+
+    Args:
+        decision_tree: The survey's questions as plain values, as a model's configuration holds them.
+
+    Returns:
+        An object whose `compute(predictions=..., references=...)` returns a dictionary from metric name, and metric
+        name with question, to value.
+    """
+    return evaluate.combine([metric(decision_tree) for metric in _VOTE_METRICS])
+
+
+def vote_metrics_for_trainer(
+    decision_tree: dict[str, Any], *, by_question: bool = False
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A function for `Trainer`'s `compute_metrics`.
+
+    Args:
+        decision_tree: The survey's questions as plain values, as a model's configuration holds them.
+        by_question: Whether each question's values are among the results, and not their means alone.
+
+    Returns:
+        A function from an `EvalPrediction`, with concentrations and votes, to a dictionary from metric name to value.
+    """
+    names = [metric(decision_tree).name for metric in _VOTE_METRICS]
+
+    def compute_metrics(evaluated: EvalPrediction) -> dict[str, float]:
+        results: dict[str, float] = vote_metrics_for(decision_tree).compute(
+            predictions=evaluated.predictions, references=evaluated.label_ids
+        )
+        return results if by_question else {name: results[name] for name in names}
+
+    return compute_metrics
+
+
+def coverage_of_probabilities(
+    concentrations: npt.ArrayLike,
+    probabilities: npt.ArrayLike,
+    decision_tree: dict[str, Any],
+    *,
+    share: float = INTERVAL,
+) -> dict[str, float]:
+    """The share of true answer probabilities inside their predicted interval, for simulated volunteers.
+
+    Args:
+        concentrations: (galaxies, answers), above 0.
+        probabilities: Of each answer for a volunteer who is asked the question, (galaxies, answers), 0-1; NaN where a
+            galaxy doesn't count for a question.
+        decision_tree: The survey's questions as plain values.
+        share: What the interval should hold, 0-1.
+
+    Returns:
+        The share for each question, over galaxies and answers; NaN for one without a galaxy.
+    """
+    layout = tree_layout(decision_tree)
+    truth = np.asarray(probabilities, dtype=np.float64)
+    lower, upper = vote_fraction_intervals(concentrations, layout, share=share)
+    is_inside = (truth >= lower) & (truth <= upper)
+    shares = {}
+    for number, name in enumerate(layout.question_names):
+        columns = layout.question_of_answer == number
+        known = ~np.isnan(truth[:, columns])
+        shares[name] = float(is_inside[:, columns][known].mean()) if known.any() else float("nan")
+    return shares
+
+
+def _asked_by_question(
+    concentrations: Floats, votes: Floats, layout: TreeLayout, *, least_votes: int
+) -> Iterator[tuple[str, _Asked]]:
+    fractions = expected_vote_fractions(concentrations, layout)
+    for number, name in enumerate(layout.question_names):
+        columns = layout.question_of_answer == number
+        # NaN is not at least any number, so a missing question is not asked.
+        is_asked = votes[:, columns].sum(axis=1) >= max(least_votes, 1)
+        yield name, _Asked(*(values[is_asked][:, columns] for values in (concentrations, votes, fractions)))
+
+
+def _share_inside(counts: Floats, volunteers: Floats, concentrations: Floats, others: Floats) -> Floats:
+    """How much of each count's step in its cumulative distribution is inside the central 90%."""
+    shares = []
+    for start in range(0, len(counts), CASES_AT_ONCE):
+        part = slice(start, start + CASES_AT_ONCE)
+        below, here = _cumulative(counts[part], volunteers[part], concentrations[part], others[part])
+        edge = (1 - INTERVAL) / 2
+        inside = np.minimum(below + here, 1 - edge) - np.maximum(below, edge)
+        shares.append(np.clip(inside, 0, None) / here)
+    return np.concatenate(shares)
+
+
+def _cumulative(counts: Floats, volunteers: Floats, a: Floats, b: Floats) -> tuple[Floats, Floats]:
+    """The probability of a smaller count than each, and of the count itself."""
+    k = np.arange(counts.max() + 1)
+    n, a, b = volunteers[:, None], a[:, None], b[:, None]
+    with np.errstate(invalid="ignore"):
+        logarithms = (
+            scipy.special.betaln(k + a, n - k + b)
+            - scipy.special.betaln(a, b)
+            - scipy.special.betaln(k + 1, n - k + 1)
+            - np.log1p(n)
+        )
+    probabilities = np.where(k <= n, np.exp(logarithms), 0)
+    below = np.where(k < counts[:, None], probabilities, 0).sum(axis=1)
+    return below, probabilities[np.arange(len(counts)), counts.astype(np.int64)]
+
+
+def _check(concentrations: Floats, votes: Floats, layout: TreeLayout) -> None:
+    if len(concentrations) == 0:
+        raise ValueError("predictions and references are empty; a metric needs at least one galaxy.")
+    answers = len(layout.vote_columns)
+    if concentrations.shape != votes.shape or concentrations.shape[1:] != (answers,):
+        raise ValueError(
+            f"predictions have the shape {concentrations.shape} and references {votes.shape}; pass (n, {answers}) for "
+            "both: the decision tree's answers."
+        )
+    if not (concentrations > 0).all() or not np.isfinite(concentrations).all():
+        raise ValueError(f"predictions go down to {concentrations.min():.3g}; pass concentrations, which are above 0.")
+    known = votes[~np.isnan(votes)]
+    if (known < 0).any() or (known % 1 != 0).any():
+        wrong = known[(known < 0) | (known % 1 != 0)][0]
+        raise ValueError(f"references hold {wrong:g}; pass counts of votes, whole and not negative, or NaN.")

@@ -1,0 +1,177 @@
+"""What from_pretrained was given, sorted: whose repository it is, and what was asked for on top of it."""
+
+import inspect
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration_zoobot import ZoobotConfig, labels_of_votes
+from .conversion import HUB_ARGUMENTS, load_encoder, load_zoobot_encoder, local_copy, read_configuration
+from .lightning_checkpoint import ZoobotCheckpoint, find_zoobot_file, read_zoobot_file
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label", "label2id", "problem_type"} - {
+    "self",
+    "kwargs",
+}
+HEAD_FIELDS = ("id2label", "problem_type", "head_type", "head_hidden_size")
+# What is known of an old head's classes and training says nothing about a new head.
+FIELDS_OF_OLD_HEAD = ("class_weights", "sky_prevalence", "training_prevalence")
+
+
+@dataclass
+class Checkpoint:
+    """What from_pretrained was given, sorted.
+
+    Attributes:
+        name: The repository's, folder's or file's.
+        folder: Its local copy.
+        saved_config: None where it isn't a zoobot_hf repository.
+        zoobot_model: What a `.ckpt` file holds; None where it isn't one.
+        given_config: The argument `config`.
+        fields: The arguments that are fields of the configuration.
+        other_arguments: The rest.
+    """
+
+    name: str
+    folder: Path
+    saved_config: ZoobotConfig | None
+    zoobot_model: ZoobotCheckpoint | None
+    given_config: ZoobotConfig | None
+    fields: dict[str, Any]
+    other_arguments: dict[str, Any]
+
+    @classmethod
+    def find(cls, name_or_path: str | Path, arguments: dict[str, Any]) -> Self:
+        """What the arguments of from_pretrained mean; downloads what isn't local.
+
+        Args:
+            name_or_path: A local folder, a `.ckpt` file or a Hub id.
+            arguments: The rest; those that are understood here are taken out.
+
+        Raises:
+            OSError: No such folder or repository, or no network.
+            ValueError: Labels or a decision tree that don't fit, or a `.ckpt` file that can't be read.
+        """
+        hub_arguments = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
+        config = arguments.pop("config", None)
+        names = arguments.pop("label_names", None)
+        if names is None and arguments.get("num_labels") is not None:
+            names = [f"LABEL_{index}" for index in range(arguments.pop("num_labels"))]
+        if names is not None:
+            arguments["id2label"] = dict(enumerate(names))
+        fields = {name: arguments.pop(name) for name in CONFIG_FIELDS if name in arguments}
+        if "id2label" in fields:
+            fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
+            fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
+        if fields.get("decision_tree") is not None:
+            fields |= labels_of_votes(fields["decision_tree"], id2label=fields.get("id2label"))
+        folder = local_copy(name_or_path, **hub_arguments)
+        name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
+        zoobot_file = find_zoobot_file(folder)
+        if zoobot_file is not None:
+            return cls(name, folder, None, read_zoobot_file(zoobot_file), config, fields, arguments)
+        is_ours = read_configuration(folder).get("model_type") == ZoobotConfig.model_type
+        saved_config = ZoobotConfig.from_pretrained(str(folder)) if is_ours else None
+        return cls(name, folder, saved_config, None, config, fields, arguments)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a zoobot_hf repository."""
+        return self.saved_config is not None
+
+    @property
+    def has_decision_tree(self) -> bool:
+        """Whether it is a zoobot_hf repository with a model that answers a decision tree."""
+        return self.saved_config is not None and self.saved_config.decision_tree is not None
+
+    def as_saved(self) -> Self:
+        """The same without anything that was asked for on top."""
+        return replace(self, given_config=None, fields={})
+
+    def wanted_config(self) -> ZoobotConfig:
+        """The saved configuration with the fields that were asked for."""
+        assert self.saved_config is not None
+        saved = self.saved_config
+        settings = (self.given_config or saved).to_dict()
+        if self.asks_for_new_head():
+            settings |= {name: None for name in FIELDS_OF_OLD_HEAD if settings[name] == getattr(saved, name)}
+        if self.has_decision_tree and self._asks_for_other("id2label", "problem_type"):
+            settings["decision_tree"] = None
+            del settings["problem_type"]  # "votes" goes with the tree
+        return ZoobotConfig.from_dict({**settings, **self.fields})
+
+    def asks_for_new_head(self) -> bool:
+        """Whether the head that was asked for is another than the saved one."""
+        return self._asks_for_other(*HEAD_FIELDS)
+
+    def _asks_for_other(self, *names: str) -> bool:
+        # The Auto classes put changed labels into the configuration that they give, so the saved one decides.
+        given = self.given_config or self.saved_config
+        return any(self.fields.get(name, getattr(given, name)) != getattr(self.saved_config, name) for name in names)
+
+    def load_foreign_encoder(self) -> tuple[PreTrainedModel, ZoobotConfig]:
+        """The encoder of what isn't a zoobot_hf repository, and the configuration of a model around it.
+
+        Raises:
+            ValueError: An argument that an encoder doesn't take, or a checkpoint that doesn't fit its configuration.
+        """
+        unknown = set(self.other_arguments) - {"dtype"}
+        if self.given_config is not None:
+            unknown.add("config")
+        if unknown:
+            raise ValueError(
+                f"from_pretrained got {', '.join(sorted(unknown))}; for an encoder it takes dtype, label_names, "
+                f"num_labels, {', '.join([*HUB_ARGUMENTS, *sorted(CONFIG_FIELDS)])}."
+            )
+        dtype, fields = self.other_arguments.get("dtype"), dict(self.fields)
+        if self.zoobot_model is None:
+            loaded = load_encoder(self.folder, dtype=dtype)
+        else:
+            loaded = load_zoobot_encoder(self.zoobot_model, fields.pop("encoder_config", None), dtype=dtype)
+            fields = {**self.zoobot_model.config_fields(), **fields}
+            fields.setdefault("id2label", {i: f"LABEL_{i}" for i in range(len(self.zoobot_model.head_bias))})
+        config = ZoobotConfig(loaded.model.config, **{"pooling": loaded.pooling, "encoder_name": self.name, **fields})
+        logger.info(
+            "Loaded the encoder %s (%s, %.1f million parameters); left out of its checkpoint: %s.",
+            self.name,
+            loaded.model.config.model_type,
+            loaded.model.num_parameters() / 1e6,
+            ", ".join(loaded.left_out) or "nothing",
+        )
+        return loaded.model, config
+
+    def copy_zoobot_head(self, head: nn.Sequential, config: ZoobotConfig) -> None:
+        """Copies the weights of a finetuned Zoobot model's head.
+
+        Args:
+            head: The new head.
+            config: The new model's configuration.
+
+        Raises:
+            ValueError: The old head has another number of outputs, or answers a decision tree and the new one doesn't.
+        """
+        old = self.zoobot_model
+        assert old is not None
+        tree = config.decision_tree
+        if old.answers_a_tree != (tree is not None):
+            kinds = ("ZoobotForImageClassification", "ZoobotForGalaxyZoo")
+            raise ValueError(f"{self.name} is loaded with {kinds[old.answers_a_tree]}: its head is of that kind.")
+        if len(old.head_bias) != config.num_labels or config.head_type != "linear":
+            names = f"{', '.join(config.label_names[:5])}{', ...' if config.num_labels > 5 else ''}"
+            wanted = f"the decision tree {tree['name']!r}" if tree else "label_names"
+            raise ValueError(
+                f"{self.name} has a linear head with {len(old.head_bias)} outputs, and {wanted} has "
+                f"{config.num_labels} ({names}) of a {config.head_type} one; give what it was trained on. For a new "
+                "head, save its encoder first: ZoobotModel.from_pretrained(...).save_pretrained(folder)."
+            )
+        with torch.no_grad():
+            cast(nn.Linear, head[-1]).weight.copy_(old.head_weight)
+            cast(nn.Linear, head[-1]).bias.copy_(old.head_bias)
+        logger.info("Took the head of %s: %s.", self.name, ", ".join(config.label_names))
