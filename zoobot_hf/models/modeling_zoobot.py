@@ -23,7 +23,7 @@ from .conversion import (
     read_configuration,
     read_weight_shapes,
 )
-from .heads import apply_unit_interval, build_head, head_loss
+from .heads import apply_unit_interval, build_head, calibrate_logits, head_loss
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class ZoobotClassifierOutput(ModelOutput):
 
     Attributes:
         loss: The batch's mean loss, where labels were given.
-        logits: (batch, num_labels), before softmax or sigmoid; a regression's values as they are.
+        logits: (batch, num_labels), before softmax or sigmoid; a regression's values as they are. In evaluation mode
+            with the configuration's calibration.
     """
 
     loss: Tensor | None = None
@@ -262,6 +263,9 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
     ) -> ZoobotClassifierOutput:
         """The logits of a batch of images, or of embeddings where the encoder was already run.
 
+        In training mode they are the head's own; in evaluation mode calibrated and for the sky, where the configuration
+        says so. The loss is that of the head's own logits in either.
+
         Args:
             pixel_values: From `ZoobotImageProcessor`: float, (batch, channels, height, width).
             embeddings: From `ZoobotModel`: float, (batch, embedding_size).
@@ -278,7 +282,7 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
         loss = None if labels is None else head_loss(logits, labels, self.config, training=self.training)
         if self.config.problem_type == "regression":
             logits = apply_unit_interval(logits, self.config)
-        return ZoobotClassifierOutput(loss, logits)
+        return ZoobotClassifierOutput(loss, logits if self.training else calibrate_logits(logits, self.config))
 
 
 CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label", "label2id", "problem_type"} - {
@@ -287,7 +291,16 @@ CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label
 }
 HEAD_FIELDS = ("id2label", "problem_type", "head_type", "head_hidden_size")
 # What is known of an old head's classes and training says nothing about a new head.
-FIELDS_OF_OLD_HEAD = ("class_weights", "sky_prevalence", "training_prevalence")
+FIELDS_OF_OLD_HEAD = {
+    "class_weights": None,
+    "sky_prevalence": None,
+    "training_prevalence": None,
+    "predictions_for": "training",
+    "calibration_temperature": None,
+    "calibration_shift": None,
+    "decision_threshold": None,
+    "decision_aim": None,
+}
 
 
 @dataclass
@@ -329,7 +342,8 @@ class _Checkpoint:
         saved = self.saved_config
         settings = (self.given_config or saved).to_dict()
         if self.asks_for_new_head():
-            settings |= {name: None for name in FIELDS_OF_OLD_HEAD if settings[name] == getattr(saved, name)}
+            old = FIELDS_OF_OLD_HEAD.items()
+            settings |= {name: default for name, default in old if settings[name] == getattr(saved, name)}
         return ZoobotConfig.from_dict({**settings, **self.fields})
 
     def asks_for_new_head(self) -> bool:
