@@ -2,9 +2,8 @@
 
 Shares of galaxies (completeness, a rate of false positives) have Jeffreys intervals, which stay honest where all or
 none of a few galaxies are selected. Everything else is bootstrapped: galaxies are drawn again with replacement, as many
-of each class as there are, so that no draw is without a rare class: the intervals are for a population with these shares
-of the classes. A row is a galaxy: average several views of one
-first, or the intervals come out too narrow.
+of each class as there are, so that no draw is without a rare class; the intervals are for a population with just these
+shares of the classes. A row is a galaxy: average several views of one first, or the intervals come out too narrow.
 """
 
 from collections.abc import Callable, Iterator, Sequence
