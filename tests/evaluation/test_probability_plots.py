@@ -77,7 +77,7 @@ def test_the_roc_and_its_area_are_scikit_learns(galaxies, drawn, tmp_path):
     assert upper.lines[1].get_label() == f"Area {sklearn.metrics.roc_auc_score(galaxies[1], galaxies[0]):.3f}"
     average = sklearn.metrics.average_precision_score(galaxies[1], galaxies[0])
     assert lower.lines[1].get_label() == f"Average precision {average:.3f}"
-    assert lower.get_ylabel() == "Purity of these galaxies"
+    assert lower.get_title("left") == f"ring: {galaxies[1].mean():.3g} of these galaxies"
     check_files(tmp_path / "roc.png")
 
 

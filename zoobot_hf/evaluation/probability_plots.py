@@ -170,7 +170,8 @@ def plot_roc_and_precision_recall(
     )
     lower.set_xlabel("Completeness", fontsize=FONT_SIZE)
     whose = "of these galaxies" if prevalence is None else "in the sky"
-    lower.set_ylabel(f"Purity {whose}", fontsize=FONT_SIZE)
+    lower.set_ylabel("Purity", fontsize=FONT_SIZE)
+    lower.set_title(f"{label}: {share:.3g} {whose}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
     for panel, place in ((upper, "lower right"), (lower, "best")):
         panel.set_xlim(-0.02, 1.02)
         panel.set_ylim(-0.02, 1.04)
