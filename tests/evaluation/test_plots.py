@@ -143,3 +143,16 @@ def test_the_confusion_table_shows_counts_and_shares(tmp_path, drawn):
 def test_a_confusion_table_of_another_size_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"shape \(1, 2\); for 2 labels"):
         plots.plot_confusion([[1, 2]], ["a", "b"], tmp_path / "confusion.png")
+
+
+def test_the_most_certain_galaxies_come_first_and_no_other_is_read(tmp_path, drawn):
+    images = ImagesThatRemember()
+    table = pd.DataFrame({"id_str": ["a", "b", "c"], "probability_ring": [0.2, 0.9, 0.5]})
+    plots.plot_most_certain(images, table, tmp_path / "certain.png", label="ring", count=2)
+    assert images.read == [1, 2]
+    titles = [cell.get_title() for cell in drawn[0].axes if cell.get_title()]
+    assert titles == ["b\nP(ring) = 0.900", "c\nP(ring) = 0.500"]
+    with pytest.raises(ValueError, match="lacks the columns probability_bar; it has id_str, probability_ring"):
+        plots.plot_most_certain(images, table, tmp_path / "certain.png", label="bar")
+    with pytest.raises(ValueError, match="images are 0 but table has 3 rows"):
+        plots.plot_most_certain([], table, tmp_path / "certain.png", label="ring")

@@ -26,6 +26,11 @@ def test_every_field_survives_saving_and_loading(tmp_path):
         "unit_interval": True,
         "sky_prevalence": {"not ring": 0.9, "ring": 0.08, "cannot tell": 0.02},
         "training_prevalence": {"not ring": 0.4, "ring": 0.4, "cannot tell": 0.2},
+        "predictions_for": "sky",
+        "calibration_temperature": [1.5, 1.25, 0.5],
+        "calibration_shift": [0.5, 0.0, -0.5],
+        "decision_threshold": {"ring": 0.75},
+        "decision_aim": "purity of at least 0.9",
         "encoder_name": "astronomer/encoder",
         "problem_type": "multi_label_classification",
     }
@@ -70,7 +75,7 @@ def test_a_configuration_can_be_made_without_an_encoder():
     assert ZoobotConfig().encoder_config is None
 
 
-@pytest.mark.parametrize("choice", ["head_type", "pooling", "problem_type"])
+@pytest.mark.parametrize("choice", ["head_type", "pooling", "problem_type", "predictions_for"])
 def test_a_choice_that_does_not_exist_is_named_with_those_that_do(choice):
     with pytest.raises(ValueError, match=rf"{choice} is 'forest'; choose one of \w+, \w+"):
         config_of(**{choice: "forest"})
@@ -117,6 +122,33 @@ def test_labels_of_another_type_are_refused(labels):
 def test_a_prevalence_is_a_share_for_each_label(name, shares):
     with pytest.raises(ValueError, match=rf"{name} is .*; give each label's share, from 0 to 1, by its name"):
         config_of(**{name: shares})
+
+
+@pytest.mark.parametrize("threshold", [0.5, {"ring": 1.5}, {"ring": "high"}])
+def test_a_threshold_is_a_probability_for_each_label(threshold):
+    with pytest.raises(ValueError, match=r"decision_threshold is .*; give each label's probability, from 0 to 1"):
+        config_of(decision_threshold=threshold)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.5, "warm", float("nan"), [1.0, 0.0, 1.0], {"ring": 1.0}])
+def test_a_temperature_is_above_0(temperature):
+    with pytest.raises(ValueError, match=r"calibration_temperature is .*; give a number above 0, or a list of one"):
+        config_of(calibration_temperature=temperature)
+
+
+@pytest.mark.parametrize("shift", [0.5, "high", [0.5, None, 0.5]])
+def test_a_calibration_shift_is_a_list_of_numbers(shift):
+    with pytest.raises(ValueError, match=r"calibration_shift is .*; give a list of one number for each label"):
+        config_of(calibration_shift=shift)
+
+
+def test_forgetting_the_calibration_keeps_what_was_measured():
+    shares = {"not ring": 0.9, "ring": 0.08, "cannot tell": 0.02}
+    fitted = {"calibration_temperature": 2.0, "calibration_shift": [0.0, 0.0, 1.0], "predictions_for": "sky"}
+    fitted |= {"decision_threshold": {"ring": 0.5}, "decision_aim": "best F1"}
+    config = config_of(sky_prevalence=shares, training_prevalence=shares, **fitted)
+    config.forget_calibration()
+    assert config.to_dict() == config_of(sky_prevalence=shares, training_prevalence=shares).to_dict()
 
 
 @pytest.mark.parametrize("fields", [{"hidden_sizes": "wide"}, {"depths": {"a": 1}}, {"num_channels": "three"}])

@@ -6,7 +6,17 @@ from torch import nn
 from torch.nn import functional
 
 from zoobot_hf import ZoobotConfig
-from zoobot_hf.models.heads import apply_unit_interval, build_head, head_loss, probabilities_from_logits
+from zoobot_hf.models.heads import (
+    apply_unit_interval,
+    build_head,
+    calibrate_logits,
+    effective_training_prevalence,
+    fold_calibration,
+    head_loss,
+    logit_correction,
+    prevalence_shift,
+    probabilities_from_logits,
+)
 
 LOGITS = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.0, -0.5]])
 CLASSES = torch.tensor([2, 1])
@@ -192,3 +202,120 @@ def test_probabilities_of_several_labels_are_independent():
 
 def test_a_regressions_values_are_left_alone():
     assert torch.equal(probabilities_from_logits(LOGITS, config_of("regression")), LOGITS)
+
+
+# Prevalence and calibration -------------------------------------------------------------------------------------
+
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+BALANCED = {"smooth": 0.3, "disk": 0.3, "ring": 0.4}
+SKY = {"smooth": 0.6, "disk": 0.35, "ring": 0.05}
+PREVALENCES = {"training_prevalence": BALANCED, "sky_prevalence": SKY}
+
+
+def test_the_prevalence_shift_is_bayes_theorem():
+    likelihoods = torch.tensor([[0.2, 0.7, 1.3], [3.0, 0.1, 0.4]])
+    old, new = torch.tensor([0.3, 0.3, 0.4]), torch.tensor([0.6, 0.35, 0.05])
+    posterior = [(likelihoods * prior) / (likelihoods * prior).sum(-1, keepdim=True) for prior in (old, new)]
+    shift = torch.tensor(prevalence_shift(old.tolist(), new.tolist(), problem_type=SINGLE))
+    assert torch.allclose((posterior[0].log() + shift).softmax(-1), posterior[1], atol=1e-6)
+    back = torch.tensor(prevalence_shift(new.tolist(), old.tolist(), problem_type=SINGLE))
+    assert torch.allclose(shift, -back)
+
+
+def test_each_of_several_labels_has_its_own_prevalence():
+    # 3 of 4 have the label, so it is 3 times as likely as not; of 1 in 5 it is 1/4: 12 times less.
+    shift = prevalence_shift([0.75, 0.5], [0.2, 0.5], problem_type=MULTI)
+    assert shift == pytest.approx([-math.log(12), 0])
+
+
+@pytest.mark.parametrize("shares", [[0.0, 1.0], [0.5, 0.5 + 1e-9, 0.0], [-0.1, 1.1], [NAN, 0.5]])
+def test_a_prevalence_with_a_zero_is_refused(shares):
+    with pytest.raises(ValueError, match="each label's share lies between 0 and 1, both excluded"):
+        prevalence_shift(shares, [1 / len(shares)] * len(shares), problem_type=SINGLE)
+
+
+def test_a_prevalence_that_does_not_add_up_is_refused():
+    with pytest.raises(ValueError, match=r"adds up to 0\.6; the shares of one label for each galaxy add up to 1"):
+        prevalence_shift([0.5, 0.5], [0.5, 0.1], problem_type=SINGLE)
+
+
+def test_prevalences_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="old has 2 shares and new 3"):
+        prevalence_shift([0.5, 0.5], [0.5, 0.3, 0.2], problem_type=SINGLE)
+
+
+def test_a_model_without_calibration_gives_its_heads_logits_themselves():
+    for config in (config_of(), config_of(**PREVALENCES), config_of("regression")):
+        assert logit_correction(config) is None
+        assert calibrate_logits(LOGITS, config) is LOGITS
+
+
+def test_calibration_comes_before_the_shift_to_the_sky():
+    config = config_of(
+        calibration_temperature=2.0, calibration_shift=[0.5, 0, -0.5], predictions_for="sky", **PREVALENCES
+    )
+    ratios = torch.tensor([0.6 / 0.3, 0.35 / 0.3, 0.05 / 0.4])
+    calibrated = (LOGITS / 2 + torch.tensor([0.5, 0, -0.5])).softmax(-1)
+    expected = calibrated * ratios / (calibrated * ratios).sum(-1, keepdim=True)
+    outputs = calibrate_logits(LOGITS, config)
+    assert torch.allclose(probabilities_from_logits(outputs, config), expected, atol=1e-6)
+    assert torch.allclose(probabilities_from_logits(outputs, config, prevalence="sky"), expected, atol=1e-6)
+    assert torch.allclose(probabilities_from_logits(outputs, config, prevalence="training"), calibrated, atol=1e-6)
+
+
+def test_a_model_for_the_training_prevalence_can_be_asked_about_the_sky():
+    training = config_of(calibration_temperature=1.5, **PREVALENCES)
+    sky = config_of(calibration_temperature=1.5, predictions_for="sky", **PREVALENCES)
+    asked = probabilities_from_logits(calibrate_logits(LOGITS, training), training, prevalence="sky")
+    assert torch.allclose(asked, probabilities_from_logits(calibrate_logits(LOGITS, sky), sky), atol=1e-6)
+
+
+def test_several_labels_have_a_temperature_each():
+    config = config_of(MULTI, calibration_temperature=[1.0, 2.0, 4.0])
+    assert torch.allclose(calibrate_logits(LOGITS, config), LOGITS / torch.tensor([1.0, 2, 4]))
+
+
+def test_class_weights_count_as_prevalence_for_a_single_label_only():
+    weights = {"class_weights": [1, 1, 3], **PREVALENCES}
+    assert effective_training_prevalence(config_of(**weights)) == pytest.approx([0.3 / 1.8, 0.3 / 1.8, 1.2 / 1.8])
+    assert effective_training_prevalence(config_of(MULTI, **weights)) == [0.3, 0.3, 0.4]
+
+
+def test_half_precision_logits_are_calibrated_in_float32():
+    outputs = calibrate_logits(LOGITS.bfloat16(), config_of(predictions_for="sky", **PREVALENCES))
+    assert outputs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+def test_a_folded_last_layer_gives_calibrated_logits(problem_type):
+    fields = {
+        "calibration_temperature": [1.5, 0.7, 2.0],
+        "calibration_shift": [0.1, 0.2, -0.3],
+        "predictions_for": "sky",
+    }
+    config = config_of(problem_type, **fields, **PREVALENCES)
+    layer, inputs = nn.Linear(4, 3), torch.randn(5, 4)
+    weight, bias = fold_calibration(layer.weight, layer.bias, config)
+    expected = calibrate_logits(layer(inputs), config)
+    assert torch.allclose(functional.linear(inputs, weight, bias), expected, atol=1e-5)
+    assert not torch.equal(weight, layer.weight)
+    assert fold_calibration(layer.weight, layer.bias, config_of()) == (layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("name", ["calibration_temperature", "calibration_shift"])
+def test_a_calibration_of_another_model_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} has 2 values for 3 labels"):
+        logit_correction(config_of(**{name: [1.0, 2.0]}))
+
+
+@pytest.mark.parametrize("missing", ["sky_prevalence", "training_prevalence"])
+def test_predictions_for_the_sky_need_both_prevalences(missing):
+    config = config_of(predictions_for="sky", **{**PREVALENCES, missing: None})
+    with pytest.raises(ValueError, match=f"{missing} has shares for no label; .* one for each of smooth, disk, ring"):
+        logit_correction(config)
+
+
+def test_a_prevalence_that_is_neither_is_refused():
+    for function in (logit_correction, lambda config, **given: probabilities_from_logits(LOGITS, config, **given)):
+        with pytest.raises(ValueError, match="prevalence is 'field'; choose one of training, sky"):
+            function(config_of(**PREVALENCES), prevalence="field")

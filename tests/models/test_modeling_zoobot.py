@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, MobileNetV2Config, ViTConfig, pipeline
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotModel
+from zoobot_hf.models.heads import fold_calibration
 
 MODELS = ["layer_norm_model", "batch_norm_model", "vit_model", "timm_model"]
 WITH_CHECKPOINTING = ["vit_model", "timm_model"]
@@ -182,6 +183,81 @@ def test_the_pipeline_says_what_the_model_says(layer_norm_model, processor, gala
     expected = logits_of(layer_norm_model, processor(galaxy_images[0])["pixel_values"]).softmax(-1)[0]
     said = {entry["label"]: entry["score"] for entry in classify(str(tmp_path / "galaxy.png"))}
     assert said == pytest.approx({"not ring": expected[0].item(), "ring": expected[1].item()}, abs=1e-6)
+
+
+CALIBRATION = {
+    "predictions_for": "sky",
+    "calibration_temperature": 2.0,
+    "calibration_shift": [0.5, -0.5],
+    "sky_prevalence": {"not ring": 0.95, "ring": 0.05},
+    "training_prevalence": {"not ring": 0.5, "ring": 0.5},
+}
+
+
+def calibrate(model):
+    for name, value in CALIBRATION.items():
+        setattr(model.config, name, value)
+
+
+def for_the_sky(logits):
+    """By hand: the head's probabilities, calibrated, each multiplied by how much rarer or commoner its class is."""
+    weighted = (logits / 2 + torch.tensor([0.5, -0.5])).softmax(-1) * torch.tensor([0.95 / 0.5, 0.05 / 0.5])
+    return weighted / weighted.sum(-1, keepdim=True)
+
+
+def test_a_calibrated_model_and_its_pipeline_say_what_the_sky_has(
+    layer_norm_model, processor, galaxy_images, pixel_values, tmp_path
+):
+    expected = for_the_sky(logits_of(layer_norm_model, pixel_values))
+    calibrate(layer_norm_model)
+    assert torch.allclose(logits_of(layer_norm_model, pixel_values).softmax(-1), expected, atol=1e-6)
+    layer_norm_model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = ZoobotForImageClassification.from_pretrained(tmp_path)
+    assert torch.allclose(logits_of(loaded, pixel_values).softmax(-1), expected, atol=1e-6)
+    galaxy_images[0].save(tmp_path / "galaxy.png")
+    classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
+    said = {entry["label"]: entry["score"] for entry in classify(str(tmp_path / "galaxy.png"))}
+    assert said == pytest.approx({"not ring": expected[0, 0].item(), "ring": expected[0, 1].item()}, abs=1e-6)
+
+
+def test_training_and_the_loss_see_the_heads_own_logits(layer_norm_model, pixel_values, labels):
+    model = layer_norm_model
+    model.freeze_encoder()
+    model.head[0].p = 0.0
+    with torch.no_grad():
+        raw = model.eval()(pixel_values=pixel_values, labels=labels)
+        calibrate(model)
+        evaluated = model.eval()(pixel_values=pixel_values, labels=labels)
+        trained = model.train()(pixel_values=pixel_values, labels=labels)
+    assert torch.equal(trained.logits, raw.logits)
+    assert not torch.allclose(evaluated.logits, raw.logits, atol=0.1)
+    assert evaluated.loss == trained.loss == raw.loss
+
+
+def test_a_head_with_the_calibration_folded_in_says_the_same(layer_norm_model, pixel_values):
+    calibrate(layer_norm_model)
+    expected = logits_of(layer_norm_model, pixel_values)
+    layer = layer_norm_model.head[-1]
+    weight, bias = fold_calibration(layer.weight, layer.bias, layer_norm_model.config)
+    layer.weight.data, layer.bias.data = weight.detach(), bias.detach()
+    layer_norm_model.config.forget_calibration()
+    assert torch.allclose(logits_of(layer_norm_model, pixel_values), expected, atol=1e-5)
+
+
+def test_a_new_head_has_no_calibration(layer_norm_model, pixel_values, tmp_path):
+    calibrate(layer_norm_model)
+    layer_norm_model.config.decision_threshold = {"ring": 0.5}
+    layer_norm_model.config.decision_aim = "best F1"
+    layer_norm_model.save_pretrained(tmp_path)
+    for loaded in (
+        ZoobotForImageClassification.from_pretrained(tmp_path, label_names=["a", "b", "c"]),
+        AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3),
+    ):
+        fresh = ZoobotConfig()
+        for name in [*CALIBRATION, "decision_threshold", "decision_aim"]:
+            assert getattr(loaded.config, name) == getattr(fresh, name)
+        assert logits_of(loaded, pixel_values).shape == (6, 3)
 
 
 def test_a_model_is_loaded_in_the_type_that_is_asked_for(layer_norm_model, pixel_values, tmp_path):

@@ -394,6 +394,46 @@ def _predictions_and_references(evaluated: EvalPrediction, problem_type: str) ->
     return values.reshape(len(values), -1), references.reshape(len(values), -1)
 
 
+def check_probabilities(probabilities: Floats, problem_type: str) -> None:
+    """Checks that numbers are probabilities of labels.
+
+    Args:
+        probabilities: (n, labels).
+        problem_type: "single_label_classification", where a row sums to 1, or "multi_label_classification".
+
+    Raises:
+        ValueError: There is no galaxy, a number is outside 0-1, or a row of a single label doesn't sum to 1.
+    """
+    if problem_type not in (SINGLE_LABEL, MULTI_LABEL):
+        raise ValueError(f"problem_type is {problem_type!r}; choose one of {SINGLE_LABEL}, {MULTI_LABEL}.")
+    _check_probabilities(probabilities)
+    if problem_type == SINGLE_LABEL:
+        _check_sums(probabilities)
+
+
+def check_predictions(probabilities: Floats, labels: npt.NDArray[Any], problem_type: str) -> None:
+    """Checks that numbers are probabilities, and that the labels belong to them.
+
+    Args:
+        probabilities: (n, labels).
+        labels: Class numbers (n,), or 0, 1 and NaN where it is not known (n, labels).
+        problem_type: "single_label_classification" or "multi_label_classification".
+
+    Raises:
+        ValueError: As `check_probabilities`, or labels of another shape, or that the probabilities have no column for.
+    """
+    check_probabilities(probabilities, problem_type)
+    if problem_type == MULTI_LABEL:
+        _check_multi_label(probabilities, labels)
+    elif labels.shape != probabilities.shape[:1]:
+        raise ValueError(
+            f"references have the shape {labels.shape} and predictions {probabilities.shape}; pass a label number for "
+            "each galaxy."
+        )
+    else:
+        _check_single_label(probabilities, labels)
+
+
 def _mean_of_defined(scores: Sequence[float]) -> float:
     defined = [score for score in scores if not np.isnan(score)]
     return float(np.mean(defined)) if defined else float("nan")
@@ -427,12 +467,16 @@ def _check_probabilities(probabilities: Floats) -> None:
         )
 
 
-def _check_single_label(probabilities: Floats, labels: Integers) -> None:
-    _check_probabilities(probabilities)
+def _check_sums(probabilities: Floats) -> None:
     sums = probabilities.sum(axis=1)
     if np.abs(sums - 1).max() > SUM_TOLERANCE:
         worst = sums[np.abs(sums - 1).argmax()]
         raise ValueError(f"a row of predictions adds up to {worst:.3g}, not 1; pass probabilities after softmax.")
+
+
+def _check_single_label(probabilities: Floats, labels: Integers) -> None:
+    _check_probabilities(probabilities)
+    _check_sums(probabilities)
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
         raise ValueError(
             f"references are between {labels.min()} and {labels.max()}, but predictions have {probabilities.shape[1]} "

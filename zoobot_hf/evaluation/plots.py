@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 DOTS_PER_INCH = 200
-COLUMN_WIDTH = 3.5  # inches: a column of AAS journals, and to 0.2 inches of MNRAS
+COLUMN_WIDTH = 3.3  # inches: a column of MNRAS, 84 mm; those of AAS journals and of A&A are a little wider
 PAGE_WIDTH = 7.1  # inches: both columns
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 6
@@ -87,6 +88,32 @@ def plot_most_wrong(images: Sequence[Image.Image], table: pd.DataFrame, path: st
     plot_galaxy_sheet([images[row] for row in worst.tolist()], titles, path)
 
 
+def plot_most_certain(
+    images: Sequence[Image.Image], table: pd.DataFrame, path: str | Path, *, label: str, count: int = 24
+) -> None:
+    """Draw the galaxies that were given the highest probability of a label, the most certain first.
+
+    Args:
+        images: The images in the order of the table's rows. Only those that are drawn are read.
+        table: A row per galaxy with `id_str`, and `probability_<label>` (0-1) as in a table of predictions.
+        path: Where the PNG is written; its folder is made.
+        label: The label as in the column's name.
+        count: How many galaxies are drawn at most.
+
+    Raises:
+        ValueError: When the table lacks one of these columns or any row, or when it has not as many rows as images.
+    """
+    column = f"probability_{label}"
+    missing = [name for name in ("id_str", column) if name not in table]
+    if missing:
+        raise ValueError(f"table lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table.columns))}.")
+    if len(images) != len(table):
+        raise ValueError(f"images are {len(images)} but table has {len(table)} rows; pass an image for each row.")
+    rows = np.argsort(-table[column].to_numpy(), kind="stable")[:count].tolist()
+    titles = [f"{table['id_str'].iloc[row]}\nP({label}) = {table[column].iloc[row]:.3f}" for row in rows]
+    plot_galaxy_sheet([images[row] for row in rows], titles, path)
+
+
 def plot_galaxy_sheet(
     images: Sequence[Image.Image], titles: Sequence[str], path: str | Path, *, columns: int = 6
 ) -> None:
@@ -149,6 +176,22 @@ def plot_confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path:
     panel.set_xlabel("Predicted label", fontsize=FONT_SIZE)
     panel.set_ylabel("True label", fontsize=FONT_SIZE)
     _save(figure, path)
+
+
+def save_figure(figure: Figure, path: str | Path, *, with_pdf: bool = False) -> None:
+    """Write a figure as PNG.
+
+    Args:
+        figure: The figure.
+        path: Where the PNG is written; its folder is made.
+        with_pdf: Whether the same figure is written beside it as PDF, with text as text.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+    if with_pdf:
+        # Journals refuse matplotlib's default, type 3 fonts; without a date the same figure is the same file.
+        with matplotlib.rc_context({"pdf.fonttype": 42}):
+            figure.savefig(Path(path).with_suffix(".pdf"), format="pdf", metadata={"CreationDate": None})
 
 
 def _stage_starts(history: Mapping[str, LossHistory]) -> dict[str, float]:
@@ -224,5 +267,4 @@ def _title_of(galaxy: pd.Series) -> str:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+    save_figure(figure, path)

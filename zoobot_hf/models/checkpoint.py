@@ -22,7 +22,16 @@ CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label
 }
 HEAD_FIELDS = ("id2label", "problem_type", "head_type", "head_hidden_size")
 # What is known of an old head's classes and training says nothing about a new head.
-FIELDS_OF_OLD_HEAD = ("class_weights", "sky_prevalence", "training_prevalence")
+FIELDS_OF_OLD_HEAD = {
+    "class_weights": None,
+    "sky_prevalence": None,
+    "training_prevalence": None,
+    "predictions_for": "training",
+    "calibration_temperature": None,
+    "calibration_shift": None,
+    "decision_threshold": None,
+    "decision_aim": None,
+}
 
 
 @dataclass
@@ -101,7 +110,8 @@ class Checkpoint:
         saved = self.saved_config
         settings = (self.given_config or saved).to_dict()
         if self.asks_for_new_head():
-            settings |= {name: None for name in FIELDS_OF_OLD_HEAD if settings[name] == getattr(saved, name)}
+            old = FIELDS_OF_OLD_HEAD.items()
+            settings |= {name: default for name, default in old if settings[name] == getattr(saved, name)}
         if self.has_decision_tree and self._asks_for_other("id2label", "problem_type"):
             settings["decision_tree"] = None
             del settings["problem_type"]  # "votes" goes with the tree

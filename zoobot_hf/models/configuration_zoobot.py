@@ -13,6 +13,7 @@ HEAD_TYPES = ("linear", "mlp")
 POOLINGS = ("pooler", "first_token", "mean")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression", "votes")
 VOTE_LOSS_REDUCTIONS = ("sum", "mean")
+PREVALENCES = ("training", "sky")
 # Far above any encoder's; a damaged config.json can't ask for all of the memory.
 LARGEST_WIDTH = 65536
 
@@ -34,8 +35,17 @@ class ZoobotConfig(PreTrainedConfig):
             then its vote columns, and the problem type is "votes".
         concentration_range: Lowest and highest concentration of an answer, as Zoobot 2.9.0 has them.
         vote_loss_reduction: Whether the loss of a galaxy's votes is the "sum" or the "mean" over the tree's questions.
-        sky_prevalence: Share of each class before balancing, by label name; sums to 1.
-        training_prevalence: Share of each class that the model was trained at, by label name; sums to 1.
+        sky_prevalence: Share of each class before balancing, by label name; sums to 1 for a single label.
+        training_prevalence: Share of each class among the galaxies that the model was trained on, by label name; sums
+            to 1 for a single label. What `class_weights` add to it is worked out where it is needed.
+        predictions_for: Whose prevalence the model's outputs have: "training", or "sky", for which both prevalences
+            are needed. Set to "sky" after the last stage of training; while training it has to be "training".
+        calibration_temperature: Divides the logits: one number above 0, or one for each label. Fitted on validation
+            galaxies. (Plain `temperature` is a word that transformers keeps for the generation of text.)
+        calibration_shift: Added to the logits after that, one number for each label.
+        decision_threshold: The probability from which a galaxy is selected, by label name, 0-1. It belongs to
+            probabilities with this temperature and these prevalences.
+        decision_aim: What the threshold was chosen for, in words: "purity of at least 0.9".
         encoder_name: Hub id or folder name of the pretrained encoder.
         **kwargs: What every transformers configuration takes: `id2label`, `label2id`, `problem_type`, ...
 
@@ -64,6 +74,11 @@ class ZoobotConfig(PreTrainedConfig):
         vote_loss_reduction: str = "sum",
         sky_prevalence: dict[str, float] | None = None,
         training_prevalence: dict[str, float] | None = None,
+        predictions_for: str = "training",
+        calibration_temperature: float | list[float] | None = None,
+        calibration_shift: list[float] | None = None,
+        decision_threshold: dict[str, float] | None = None,
+        decision_aim: str | None = None,
         encoder_name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -87,6 +102,11 @@ class ZoobotConfig(PreTrainedConfig):
         self.vote_loss_reduction = vote_loss_reduction
         self.sky_prevalence = sky_prevalence
         self.training_prevalence = training_prevalence
+        self.predictions_for = predictions_for
+        self.calibration_temperature = calibration_temperature
+        self.calibration_shift = calibration_shift
+        self.decision_threshold = decision_threshold
+        self.decision_aim = decision_aim
         self.encoder_name = encoder_name
         self._check()
 
@@ -94,6 +114,14 @@ class ZoobotConfig(PreTrainedConfig):
     def label_names(self) -> list[str]:
         """The labels' names in the order of the logits."""
         return [self.id2label[index] for index in range(self.num_labels)]
+
+    def forget_calibration(self) -> None:
+        """Takes back what was fitted after training, so that the model gives its head's logits as they are.
+
+        Training changes the head, and what was fitted to the old one is wrong for the new one.
+        """
+        self.predictions_for = "training"
+        self.calibration_temperature = self.calibration_shift = self.decision_threshold = self.decision_aim = None
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, without the paths of the machine that it was made on."""
@@ -105,7 +133,8 @@ class ZoobotConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         choices_of = {"head_type": HEAD_TYPES, "pooling": POOLINGS, "problem_type": PROBLEM_TYPES}
-        for name, choices in {**choices_of, "vote_loss_reduction": VOTE_LOSS_REDUCTIONS}.items():
+        choices_of |= {"vote_loss_reduction": VOTE_LOSS_REDUCTIONS, "predictions_for": PREVALENCES}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
         for name in ("head_dropout", "label_smoothing"):
@@ -117,7 +146,8 @@ class ZoobotConfig(PreTrainedConfig):
             if not isinstance(width, int) or not 0 < width <= LARGEST_WIDTH:
                 raise ValueError(f"{name} is {width!r}; give a whole number from 1 to {LARGEST_WIDTH}.")
         self._check_labels()
-        self._check_prevalences()
+        self._check_shares()
+        self._check_calibration()
         self._check_votes()
 
     def _check_votes(self) -> None:
@@ -129,13 +159,25 @@ class ZoobotConfig(PreTrainedConfig):
                 f"concentration_range is {limits!r}; give the lowest and the highest concentration, both above 0."
             )
 
-    def _check_prevalences(self) -> None:
-        for name in ("sky_prevalence", "training_prevalence"):
+    def _check_shares(self) -> None:
+        kinds = {"sky_prevalence": "share", "training_prevalence": "share", "decision_threshold": "probability"}
+        for name, kind in kinds.items():
             shares = getattr(self, name)
             if shares is None:
                 continue
             if not isinstance(shares, dict) or not all(_is_number(s) and 0 <= s <= 1 for s in shares.values()):
-                raise ValueError(f"{name} is {shares!r}; give each label's share, from 0 to 1, by its name.")
+                raise ValueError(f"{name} is {shares!r}; give each label's {kind}, from 0 to 1, by its name.")
+
+    def _check_calibration(self) -> None:
+        # Whether there are as many as labels is looked at where they are applied: a new head may be on its way.
+        temperature, shift = self.calibration_temperature, self.calibration_shift
+        temperatures: Any = temperature if isinstance(temperature, (list, tuple)) else [temperature]
+        if temperature is not None and not all(_is_number(value) and value > 0 for value in temperatures):
+            raise ValueError(
+                f"calibration_temperature is {temperature!r}; give a number above 0, or a list of one for each label."
+            )
+        if shift is not None and not (isinstance(shift, (list, tuple)) and all(map(_is_number, shift))):
+            raise ValueError(f"calibration_shift is {shift!r}; give a list of one number for each label.")
 
     def _check_labels(self) -> None:
         if sorted(self.id2label) != list(range(self.num_labels)):

@@ -1,10 +1,25 @@
-"""Heads and the losses that belong to them."""
+"""Heads, the losses that belong to them, and the way from a head's logits to probabilities.
+
+A head's logits are those of its training: as sure of themselves as training left them, and for galaxies with the
+prevalence of the training set. The loss is always that of these logits. What a model gives out in evaluation mode is
+
+    logits / calibration_temperature + calibration_shift + shift from the training prevalence to the sky's,
+
+each term where the configuration has it, so that softmax or sigmoid of the outputs, which is all that
+`pipeline("image-classification")` does, are probabilities for the sky. In training mode the outputs are the head's own.
+The configuration gets these fields after the last stage of training: metrics that `Trainer` takes in between are for
+the training prevalence.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .configuration_zoobot import ZoobotConfig
+from .configuration_zoobot import PREVALENCES, ZoobotConfig
+
+SUM_TOLERANCE = 2e-3  # shares written with three digits
 
 
 def build_head(config: ZoobotConfig) -> nn.Sequential:
@@ -91,18 +106,184 @@ def apply_unit_interval(logits: Tensor, config: ZoobotConfig) -> Tensor:
     return logits.sigmoid() if config.unit_interval else logits
 
 
-def probabilities_from_logits(logits: Tensor, config: ZoobotConfig) -> Tensor:
-    """What the logits say: probabilities (softmax, or sigmoid for several labels), or a regression's values.
+def prevalence_shift(old: Sequence[float], new: Sequence[float], *, problem_type: str) -> list[float]:
+    """What is added to each label's logit when classes become rarer or commoner and keep their looks.
+
+    By Bayes' theorem the odds of a label change by the factor by which its prior odds change. For a single label that
+    is log(new / old) for each, for several labels the change of log(share / (1 - share)). Saerens, Latinne &
+    Decaestecker 2002, Neural Computation 14, 21.
 
     Args:
-        logits: A model's output (batch, num_labels), before softmax; for regression its values as they are.
+        old: The share of each label where the logits are right, 0-1, both ends excluded.
+        new: The share of each label where they are wanted, likewise.
+        problem_type: "single_label_classification", where the shares sum to 1, or "multi_label_classification".
+
+    Returns:
+        A number for each label; adding the shift from new to old takes it back.
+
+    Raises:
+        ValueError: A share of 0 or 1, shares of a single label that don't add up to 1, or not as many old as new ones.
+    """
+    if len(old) != len(new):
+        raise ValueError(f"old has {len(old)} shares and new {len(new)}; give one for each label.")
+    before, after = (_checked_shares(shares, problem_type) for shares in (old, new))
+    if problem_type == "single_label_classification":
+        return (after.log() - before.log()).tolist()
+    return (after.logit() - before.logit()).tolist()
+
+
+def logit_correction(config: ZoobotConfig, *, prevalence: str | None = None) -> tuple[list[float], list[float]] | None:
+    """The scale and the shift of each label that turn a head's logits into the model's outputs.
+
+    Args:
+        config: The model's configuration.
+        prevalence: "training" or "sky"; the configuration's `predictions_for` when absent.
+
+    Returns:
+        Outputs are logits * scale + shift, both in the order of the labels; None where nothing is changed.
+
+    Raises:
+        ValueError: The configuration's temperature, shift or prevalences don't fit its labels, or lack.
+    """
+    wanted = prevalence or config.predictions_for
+    if wanted not in PREVALENCES:
+        raise ValueError(f"prevalence is {wanted!r}; choose one of {', '.join(PREVALENCES)}.")
+    if config.problem_type == "regression" or (
+        config.calibration_temperature is None and config.calibration_shift is None and wanted == "training"
+    ):
+        return None
+    temperature = 1.0 if config.calibration_temperature is None else config.calibration_temperature
+    temperatures = temperature if isinstance(temperature, (list, tuple)) else [temperature] * config.num_labels
+    shift = config.calibration_shift or [0.0] * config.num_labels
+    for name, values in (("calibration_temperature", temperatures), ("calibration_shift", shift)):
+        if len(values) != config.num_labels:
+            raise ValueError(f"{name} has {len(values)} values for {config.num_labels} labels; give one for each.")
+    if wanted == "sky":
+        shift = [own + added for own, added in zip(shift, _shift_to_sky(config), strict=True)]
+    return [1 / temperature for temperature in temperatures], list(shift)
+
+
+def calibrate_logits(logits: Tensor, config: ZoobotConfig) -> Tensor:
+    """The outputs of a model from its head's logits: calibrated, for the prevalence that the configuration names.
+
+    Args:
+        logits: The head's own (batch, num_labels). A model's outputs in evaluation mode are calibrated already.
         config: The model's configuration.
 
     Returns:
-        (batch, num_labels) in float32; rows sum to 1 for a single label.
+        (batch, num_labels), before softmax or sigmoid: float32, or the logits themselves where nothing is to be done.
+
+    Raises:
+        ValueError: As `logit_correction`.
     """
+    correction = logit_correction(config)
+    if correction is None:
+        return logits
+    scale, shift = correction
+    return logits.float() * _like(logits, scale) + _like(logits, shift)
+
+
+def fold_calibration(weight: Tensor, bias: Tensor, config: ZoobotConfig) -> tuple[Tensor, Tensor]:
+    """The weight and bias of a head's last linear layer with the calibration in them, for other programs to run.
+
+    A model with this layer needs no calibration: call `forget_calibration` on its configuration, or it is applied
+    twice.
+
+    Args:
+        weight: Of the head's last layer, (num_labels, inputs).
+        bias: Of the head's last layer, (num_labels,).
+        config: The model's configuration.
+
+    Returns:
+        New tensors of the same shapes and types; the old ones where nothing is to be done.
+
+    Raises:
+        ValueError: As `logit_correction`.
+    """
+    correction = logit_correction(config)
+    if correction is None:
+        return weight, bias
+    scale, shift = (torch.tensor(values, dtype=torch.float64, device=weight.device) for values in correction)
+    return (weight.double() * scale[:, None]).to(weight.dtype), (bias.double() * scale + shift).to(bias.dtype)
+
+
+def probabilities_from_logits(logits: Tensor, config: ZoobotConfig, *, prevalence: str | None = None) -> Tensor:
+    """What a model's outputs say: probabilities (softmax, or sigmoid for several labels), or a regression's values.
+
+    Args:
+        logits: A model's output in evaluation mode (batch, num_labels), before softmax; for regression its values as
+            they are. A head's own logits go through `calibrate_logits` first.
+        config: The model's configuration.
+        prevalence: "sky" or "training": for galaxies with that prevalence. When absent, what the model's outputs are
+            for, the configuration's `predictions_for`.
+
+    Returns:
+        (batch, num_labels) in float32; rows sum to 1 for a single label.
+
+    Raises:
+        ValueError: Another prevalence, or one that the configuration lacks.
+    """
+    outputs = logits.float()
+    if prevalence not in (None, config.predictions_for) and config.problem_type != "regression":
+        if prevalence not in PREVALENCES:
+            raise ValueError(f"prevalence is {prevalence!r}; choose one of {', '.join(PREVALENCES)}.")
+        shift = _like(outputs, _shift_to_sky(config))
+        outputs = outputs + shift if prevalence == "sky" else outputs - shift
     if config.problem_type == "single_label_classification":
-        return logits.float().softmax(dim=-1)
+        return outputs.softmax(dim=-1)
     if config.problem_type == "multi_label_classification":
-        return logits.float().sigmoid()
-    return logits.float()
+        return outputs.sigmoid()
+    return outputs
+
+
+def effective_training_prevalence(config: ZoobotConfig) -> list[float]:
+    """The share of each label that a model's head believes in, in the order of the labels.
+
+    For a single label a class weight counts like that many galaxies. Of several labels each has its own loss, and its
+    weight changes nothing.
+
+    Args:
+        config: The model's configuration, with `training_prevalence`.
+
+    Raises:
+        ValueError: The configuration has no training prevalence, or not one for each label.
+    """
+    shares = _shares_by_label(config, "training_prevalence")
+    if config.class_weights is None or config.problem_type != "single_label_classification":
+        return shares
+    weighted = [share * weight for share, weight in zip(shares, config.class_weights, strict=True)]
+    return [share / sum(weighted) for share in weighted] if sum(weighted) else weighted
+
+
+def _shift_to_sky(config: ZoobotConfig) -> list[float]:
+    sky = _shares_by_label(config, "sky_prevalence")
+    return prevalence_shift(effective_training_prevalence(config), sky, problem_type=config.problem_type)
+
+
+def _shares_by_label(config: ZoobotConfig, name: str) -> list[float]:
+    shares = getattr(config, name) or {}
+    if set(shares) != set(config.label_names):
+        raise ValueError(
+            f"{name} has shares for {', '.join(shares) or 'no label'}; predictions for the sky need one for each of "
+            f"{', '.join(config.label_names)}."
+        )
+    return [shares[label] for label in config.label_names]
+
+
+def _checked_shares(shares: Sequence[float], problem_type: str) -> Tensor:
+    values = torch.tensor(list(shares), dtype=torch.float64)
+    if not ((values > 0) & (values < 1)).all():
+        raise ValueError(
+            f"a prevalence is {values.tolist()}; each label's share lies between 0 and 1, both excluded: leave out a "
+            "class that is never there, or give it a small share."
+        )
+    if problem_type == "single_label_classification" and abs(values.sum().item() - 1) > SUM_TOLERANCE:
+        raise ValueError(
+            f"a prevalence is {values.tolist()}, which adds up to {values.sum().item():.4g}; the shares of one label "
+            "for each galaxy add up to 1."
+        )
+    return values
+
+
+def _like(logits: Tensor, values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=logits.device)

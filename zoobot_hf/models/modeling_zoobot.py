@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 from .checkpoint import Checkpoint
 from .configuration_zoobot import ZoobotConfig
 from .conversion import build_encoder, check_that_weights_fit, read_weight_shapes
-from .heads import apply_unit_interval, build_head, head_loss
+from .heads import apply_unit_interval, build_head, calibrate_logits, head_loss
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class ZoobotClassifierOutput(ModelOutput):
 
     Attributes:
         loss: The batch's mean loss, where labels were given.
-        logits: (batch, num_labels), before softmax or sigmoid; a regression's values as they are.
+        logits: (batch, num_labels), before softmax or sigmoid; a regression's values as they are. In evaluation mode
+            with the configuration's calibration.
     """
 
     loss: Tensor | None = None
@@ -266,6 +267,9 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
     ) -> ZoobotClassifierOutput:
         """The logits of a batch of images, or of embeddings where the encoder was already run.
 
+        In training mode they are the head's own; in evaluation mode calibrated and for the sky, where the configuration
+        says so. The loss is that of the head's own logits in either.
+
         Args:
             pixel_values: From `ZoobotImageProcessor`: float, (batch, channels, height, width).
             embeddings: From `ZoobotModel`: float, (batch, embedding_size).
@@ -282,7 +286,7 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
         loss = None if labels is None else head_loss(logits, labels, self.config, training=self.training)
         if self.config.problem_type == "regression":
             logits = apply_unit_interval(logits, self.config)
-        return ZoobotClassifierOutput(loss, logits)
+        return ZoobotClassifierOutput(loss, logits if self.training else calibrate_logits(logits, self.config))
 
 
 def _keep_frozen_parts_in_evaluation(module: nn.Module, batch_norm_too: bool) -> set[bool]:

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from scipy.stats import beta
+
+from zoobot_hf.evaluation.intervals import (
+    bootstrap_counts,
+    bootstrap_estimates,
+    class_weights_for,
+    interval_of_draws,
+    share_with_interval,
+)
+
+
+def test_the_interval_of_a_share_is_that_of_jeffreys():
+    share = share_with_interval(7, 10, confidence=0.9)
+    assert share == pytest.approx((0.7, *beta.ppf([0.05, 0.95], 7.5, 3.5)))
+    all_of_them = share_with_interval(10, 10, confidence=0.9)
+    assert (all_of_them.value, all_of_them.high) == (1, 1)
+    assert 0.8 < all_of_them.low < 0.9
+    assert np.isnan(share_with_interval(0, 0)).all()
+
+
+def test_an_interval_holds_the_middle_draws_and_the_value():
+    assert interval_of_draws(50, np.arange(1, 100), confidence=0.9) == pytest.approx((50, 5, 95))
+    assert interval_of_draws(120, np.arange(1, 100), confidence=0.9) == pytest.approx((120, 5, 120))
+    assert interval_of_draws(50, [np.nan, *range(1, 100)], confidence=0.9) == pytest.approx((50, 5, 95))
+
+
+@pytest.mark.parametrize("confidence", [0, 1, 90])
+def test_a_confidence_that_is_no_share_is_refused(confidence):
+    with pytest.raises(ValueError, match=f"confidence is {confidence}; give a share between 0 and 1"):
+        interval_of_draws(0, [0, 1], confidence=confidence)
+
+
+def test_weights_give_each_class_its_share_of_the_sky():
+    labels = np.array([0, 0, 1, 1, 1, 1])
+    weights = class_weights_for(labels, [0.9, 0.1])
+    assert weights[labels == 0].sum() / weights.sum() == pytest.approx(0.9)
+    assert weights.sum() == pytest.approx(6)
+    assert class_weights_for(labels, None).tolist() == [1] * 6
+
+
+@pytest.mark.parametrize("prevalence", [[0.5, 0.4, 0.1], [0.5, 0.1], [1.0]])
+def test_a_sky_that_the_galaxies_cannot_stand_for_is_refused(prevalence):
+    with pytest.raises(
+        ValueError, match=r"galaxies of each class are \[2, 1.*\]; .* at least one galaxy of each class"
+    ):
+        class_weights_for([0, 0, 1], prevalence)
+
+
+def test_every_draw_has_as_many_galaxies_of_each_class():
+    strata = np.array([0] * 50 + [1] * 3)
+    drawn = list(bootstrap_counts(strata, draws=20, seed=0))
+    assert {(counts[:50].sum(), counts[50:].sum()) for counts in drawn} == {(50, 3)}
+    assert len({tuple(counts) for counts in drawn}) == 20
+    assert np.mean([counts[0] for counts in bootstrap_counts(strata, draws=2000, seed=0)]) == pytest.approx(1, abs=0.1)
+
+
+def test_the_bootstrap_of_a_mean_has_its_standard_error():
+    values = np.random.default_rng(0).normal(size=400)
+    estimate = bootstrap_estimates(
+        lambda weights: {"mean": float(np.average(values, weights=weights))}, np.zeros(400), np.ones(400), draws=1000
+    )["mean"]
+    error = values.std() / 20
+    assert estimate.value == pytest.approx(values.mean())
+    assert (estimate.low, estimate.high) == pytest.approx(
+        (values.mean() - 1.645 * error, values.mean() + 1.645 * error), abs=0.15 * error
+    )

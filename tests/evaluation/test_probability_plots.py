@@ -1,0 +1,118 @@
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics
+from PIL import Image
+
+from zoobot_hf.evaluation import plots, probability_plots
+from zoobot_hf.evaluation.reliability import reliability_table
+from zoobot_hf.evaluation.selection import choose_threshold, completeness_by_column
+
+
+@pytest.fixture
+def galaxies():
+    generator = np.random.default_rng(0)
+    has_label = generator.random(300) < 0.4
+    return 1 / (1 + np.exp(-generator.normal(2 * has_label - 1.0))), has_label
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, for a look at what is on them."""
+    figures = []
+    save = probability_plots.save_figure
+
+    def save_and_remember(figure, path, **options):
+        figures.append(figure)
+        save(figure, path, **options)
+
+    monkeypatch.setattr(probability_plots, "save_figure", save_and_remember)
+    return figures
+
+
+def check_files(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size[0] == plots.COLUMN_WIDTH * plots.DOTS_PER_INCH
+    content = path.with_suffix(".pdf").read_bytes()
+    assert content.startswith(b"%PDF")
+    assert b"CreationDate" not in content
+    assert b"/Type3" not in content
+
+
+def points_of(line):
+    return line.get_xydata()
+
+
+def test_the_reliability_diagram_shows_the_table_and_the_counts(galaxies, drawn, tmp_path):
+    path = tmp_path / "figures" / "reliability.png"
+    probability_plots.plot_reliability(*galaxies, path, label="ring", population="Test set", bins=5)
+    upper, lower = drawn[0].axes
+    table = reliability_table(*galaxies, bins=5)
+    assert points_of(upper.lines[1]) == pytest.approx(table[["mean_probability", "share"]].to_numpy())
+    assert sum(np.histogram(galaxies[0], np.linspace(0, 1, 21))[0]) == 300
+    assert upper.get_title("left") == "Test set"
+    assert (upper.get_ylabel(), lower.get_xlabel()) == ("Share that is ring", "Probability of ring")
+    check_files(path)
+
+
+def test_completeness_and_purity_name_their_prevalence_and_the_selection(galaxies, drawn, tmp_path):
+    path = tmp_path / "selection.png"
+    chosen = choose_threshold(*galaxies, aim="completeness", at_least=0.8, prevalence=0.05)
+    probability_plots.plot_completeness_and_purity(*galaxies, path, label="ring", prevalence=0.05, selection=chosen)
+    panel = drawn[0].axes[0]
+    assert panel.get_title("left") == "ring: 0.05 in the sky"
+    curves = {line.get_label(): points_of(line) for line in panel.lines if line.get_label()[0] != "_"}
+    at_threshold = np.abs(curves["Purity"][:, 0] - chosen.threshold).argmin()
+    assert curves["Purity"][at_threshold, 1] == pytest.approx(chosen.purity.value)
+    assert curves["Completeness"][at_threshold, 1] == pytest.approx(chosen.completeness.value)
+    check_files(path)
+    probability_plots.plot_completeness_and_purity(*galaxies, path, label="ring")
+    assert drawn[1].axes[0].get_title("left") == f"ring: {galaxies[1].mean():.3g} of these galaxies"
+
+
+def test_the_roc_and_its_area_are_scikit_learns(galaxies, drawn, tmp_path):
+    probability_plots.plot_roc_and_precision_recall(*galaxies, tmp_path / "roc.png", label="ring")
+    upper, lower = drawn[0].axes
+    assert upper.lines[1].get_label() == f"Area {sklearn.metrics.roc_auc_score(galaxies[1], galaxies[0]):.3f}"
+    average = sklearn.metrics.average_precision_score(galaxies[1], galaxies[0])
+    assert lower.lines[1].get_label() == f"Average precision {average:.3f}"
+    assert lower.get_title("left") == f"ring: {galaxies[1].mean():.3g} of these galaxies"
+    check_files(tmp_path / "roc.png")
+
+
+def test_completeness_along_a_column_has_its_unit(galaxies, drawn, tmp_path):
+    magnitude = np.linspace(15, 18, 300)
+    table = completeness_by_column(magnitude, *galaxies, threshold=0.5, bins=[15, 16, 18, 20])
+    path = tmp_path / "column.png"
+    probability_plots.plot_completeness_by_column(table, path, name="r-band magnitude", unit="mag", threshold=0.5)
+    upper, lower = drawn[0].axes
+    middles = np.array([15.5, 17, 19])  # the last bin is empty and has no point
+    assert points_of(upper.lines[0])[:, 0] == pytest.approx(middles)
+    assert np.isnan(points_of(upper.lines[0])[2, 1])
+    assert lower.get_xlabel() == "r-band magnitude [mag]"
+    assert upper.get_title("left") == "Threshold 0.5"
+    check_files(path)
+
+
+def test_label_curves_have_a_line_for_each_series(drawn, tmp_path):
+    rows = [(name, k, 0.6, 0.5, 0.7) for name in ("Frozen", "Untrained") for k in (5, 10, 20)]
+    table = pd.DataFrame(
+        [*rows, ("One", 20, 0.8, np.nan, np.nan)], columns=["series", "labels", "value", "low", "high"]
+    )
+    probability_plots.plot_label_curve(table, tmp_path / "curve.png")
+    panel = drawn[0].axes[0]
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["Frozen", "Untrained", "One"]
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["5", "10", "20"]
+    styles = {(line.get_linestyle(), line.get_color()) for line in panel.lines if len(line.get_xydata()) == 3}
+    assert len(styles) >= 2
+    check_files(tmp_path / "curve.png")
+    with pytest.raises(ValueError, match="order names 'Two'; the table has Frozen, Untrained, One"):
+        probability_plots.plot_label_curve(table, tmp_path / "curve.png", order=["Two"])
+    with pytest.raises(ValueError, match="table lacks value, low; it needs series, labels, value, low and high"):
+        probability_plots.plot_label_curve(table.drop(columns=["value", "low"]), tmp_path / "curve.png")
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="table has no row; make it with completeness_by_column"):
+        probability_plots.plot_completeness_by_column(pd.DataFrame(), tmp_path / "column.png", name="size")

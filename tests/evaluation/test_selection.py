@@ -1,0 +1,158 @@
+import json
+
+import numpy as np
+import pytest
+from astropy.stats import binom_conf_interval
+from sklearn.metrics import precision_recall_curve, precision_score, recall_score, roc_curve
+
+from zoobot_hf.evaluation.intervals import class_weights_for
+from zoobot_hf.evaluation.selection import (
+    choose_threshold,
+    completeness_by_column,
+    measure_selection,
+    selection_curve,
+)
+
+
+@pytest.fixture
+def galaxies():
+    generator = np.random.default_rng(0)
+    has_label = generator.random(400) < 0.5
+    return np.round(1 / (1 + np.exp(-generator.normal(2 * has_label - 1.0, 1.0))), 2), has_label
+
+
+@pytest.mark.parametrize("share", [None, 0.05])
+def test_the_curve_is_scikit_learns(galaxies, share):
+    probability, has_label = galaxies
+    weights = class_weights_for(has_label, None if share is None else [1 - share, share])
+    curve = selection_curve(probability, has_label, weights=weights)
+    purity, completeness, levels = precision_recall_curve(has_label, probability, sample_weight=weights)
+    assert curve.purity[::-1] == pytest.approx(purity[:-1])
+    assert curve.completeness[::-1] == pytest.approx(completeness[:-1])
+    rate = roc_curve(has_label, probability, sample_weight=weights, drop_intermediate=False)[0]
+    assert curve.false_positive_rate == pytest.approx(rate[1:])
+    assert ((curve.thresholds < levels[::-1]) & (curve.thresholds > np.append(levels[::-1][1:], -0.01))).all()
+
+
+@pytest.mark.parametrize(("aim", "goal"), [("purity", 0.8), ("completeness", 0.8), ("f1", None)])
+def test_the_threshold_meets_its_aim_best(galaxies, aim, goal):
+    probability, has_label = galaxies
+    chosen = choose_threshold(probability, has_label, aim=aim, at_least=goal, prevalence=0.3)
+    weights = class_weights_for(has_label, [0.7, 0.3])
+    tried = {}
+    for threshold in np.arange(0, 1, 0.005):
+        predicted = probability >= threshold
+        purity = precision_score(has_label, predicted, sample_weight=weights, zero_division=0)
+        completeness = recall_score(has_label, predicted, sample_weight=weights)
+        f1 = 2 * purity * completeness / max(purity + completeness, 1e-9)
+        tried[threshold] = {"purity": purity, "completeness": completeness, "f1": f1}
+    allowed = [one for one in tried.values() if goal is None or one[aim] >= goal]
+    other = {"purity": "completeness", "completeness": "purity", "f1": "f1"}[aim]
+    best = max(one[other] for one in allowed)
+    assert getattr(chosen, other).value == pytest.approx(best)
+    assert getattr(chosen, aim).value >= (goal or 0)
+    assert chosen.aim == ("best F1" if aim == "f1" else f"{aim} of at least {goal}")
+    assert chosen.prevalence == 0.3
+
+
+def test_a_purity_that_cannot_be_reached_says_what_can_be():
+    probability, has_label = [0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0]
+    message = r"a purity of 0.9 can't be reached: .* where 50.00% have the label, is 0.667, at a completeness of 1.000"
+    with pytest.raises(ValueError, match=message):
+        choose_threshold(probability, [0, 1, 1, 0], aim="purity", at_least=0.9)
+    assert choose_threshold(probability, has_label, aim="purity", at_least=0.9).completeness.value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("aim", "goal", "message"),
+    [
+        ("beauty", 0.9, "aim is 'beauty'; choose one of purity, completeness, f1"),
+        ("purity", None, "at_least is None; give the purity to be reached, above 0 and at most 1"),
+        ("completeness", 90, "at_least is 90; give the completeness to be reached"),
+        ("f1", 0.9, "for f1 the best there is gets chosen; leave it out"),
+    ],
+)
+def test_an_aim_that_does_not_exist_is_refused(aim, goal, message):
+    with pytest.raises(ValueError, match=message):
+        choose_threshold([0.1, 0.9], [0, 1], aim=aim, at_least=goal)
+
+
+def test_galaxies_of_one_kind_are_refused():
+    with pytest.raises(ValueError, match=r"all 2 galaxies are with the label; .* need some of both kinds"):
+        choose_threshold([0.1, 0.9], [1, 1], aim="f1")
+    with pytest.raises(ValueError, match="0 galaxies are with the label and 2 without"):
+        measure_selection([0.1, 0.9], [0, 0], threshold=0.5)
+    with pytest.raises(ValueError, match=r"prevalence is 1\.0; give the share of galaxies with the label"):
+        measure_selection([0.1, 0.9], [0, 1], threshold=0.5, prevalence=1.0)
+
+
+def test_purity_is_that_of_the_sky_and_completeness_that_of_any_sky():
+    probability = [0.9] * 9 + [0.1] + [0.9] + [0.1] * 9
+    has_label = [1] * 10 + [0] * 10
+    balanced = measure_selection(probability, has_label, threshold=0.5)
+    sky = measure_selection(probability, has_label, threshold=0.5, prevalence=0.05)
+    assert (balanced.prevalence, sky.prevalence) == (0.5, 0.05)
+    assert balanced.purity.value == pytest.approx(0.9)
+    assert sky.purity.value == pytest.approx(0.05 * 0.9 / (0.05 * 0.9 + 0.95 * 0.1))
+    assert sky.completeness == balanced.completeness
+    assert sky.completeness == pytest.approx(
+        (0.9, *binom_conf_interval(9, 10, confidence_level=0.9, interval="jeffreys"))
+    )
+    assert sky.f1.value == pytest.approx(2 / (1 / sky.purity.value + 1 / 0.9))
+    assert json.loads(json.dumps(sky.to_dict()))["purity"]["value"] == sky.purity.value
+
+
+def test_no_false_positive_among_few_galaxies_is_no_proof_of_purity():
+    selection = measure_selection([0.9] * 20 + [0.1] * 50, [1] * 20 + [0] * 50, threshold=0.5, prevalence=0.05)
+    assert selection.purity.value == selection.purity.high == 1
+    # With 1 in 50 false: 0.05 / (0.05 + 0.95 / 50) = 0.72.
+    assert 0.5 < selection.purity.low < 0.75
+
+
+def test_the_interval_of_purity_holds_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    true = 0.05 * 0.8 / (0.05 * 0.8 + 0.95 * 0.02)
+    inside = 0
+    for _ in range(300):
+        hits, mistakes = generator.binomial(60, 0.8), generator.binomial(200, 0.02)
+        probability = [0.9] * hits + [0.1] * (60 - hits) + [0.9] * mistakes + [0.1] * (200 - mistakes)
+        interval = measure_selection(probability, [1] * 60 + [0] * 200, threshold=0.5, prevalence=0.05).purity
+        inside += interval.low <= true <= interval.high
+    assert 0.85 < inside / 300 < 0.96
+
+
+def test_a_selection_of_nothing_has_no_purity():
+    selection = measure_selection([0.1, 0.2], [0, 1], threshold=0.9)
+    assert np.isnan(selection.purity.value)
+    assert selection.completeness.value == 0
+
+
+def test_completeness_along_a_column():
+    magnitude = [17.0, 17.5, 18.0, 18.5, 19.0, np.nan, 17.2]
+    probability = [0.9, 0.4, 0.8, 0.9, 0.1, 0.9, 0.9]
+    has_label = [1, 1, 1, 1, 1, 1, 0]
+    table = completeness_by_column(magnitude, probability, has_label, threshold=0.5, bins=[17, 18, 19, 20])
+    assert table["galaxies"].tolist() == [2, 2, 1]
+    assert table["selected"].tolist() == [1, 2, 0]
+    assert table["completeness"].tolist() == [0.5, 1, 0]
+    low, high = binom_conf_interval(1, 2, confidence_level=0.9, interval="jeffreys")
+    assert table.loc[0, ["completeness_low", "completeness_high"]].tolist() == pytest.approx([low, high])
+    halves = completeness_by_column(magnitude, probability, has_label, threshold=0.5, bins=2)
+    assert halves["galaxies"].sum() == 5
+    assert (halves["low"].iloc[0], halves["high"].iloc[-1]) == (17.0, 19.0)
+    empty = completeness_by_column(magnitude, probability, has_label, threshold=0.5, bins=[17, 20, 21])
+    assert empty["galaxies"].tolist() == [5, 0]
+    assert np.isnan(empty["completeness"].iloc[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "bins", "message"),
+    [
+        ([1.0], 2, r"values have the shape \(1,\) for 2 galaxies"),
+        ([1.0, np.nan], 2, "no galaxy with the label has a value"),
+        ([1.0, 2.0], [3, 2], r"bins are \[3.0, 2.0\]; give rising edges"),
+    ],
+)
+def test_a_column_that_does_not_fit_is_refused(values, bins, message):
+    with pytest.raises(ValueError, match=message):
+        completeness_by_column(values, [0.5, 0.5], [0, 1], threshold=0.5, bins=bins)

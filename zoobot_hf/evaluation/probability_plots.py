@@ -1,0 +1,297 @@
+"""The figures about probabilities: reliability, completeness and purity, ROC, label curves.
+
+Each is written twice, as a PNG at 200 dpi and as a PDF beside it, at the width of a journal's column, and is readable
+in grey: lines differ in style and marker. Intervals are those of the tables, 90% unless these were made with another.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .intervals import class_weights_for
+from .plots import COLUMN_WIDTH, FONT_SIZE, SMALL_FONT_SIZE, save_figure
+from .reliability import BINS, reliability_table
+from .selection import Selection, selection_curve
+
+STYLES = (("-", "o"), ("--", "s"), (":", "^"))
+GREYS = ("black", "0.45", "0.25", "0.6")
+
+
+def plot_reliability(
+    probability: npt.ArrayLike,
+    has_label: npt.ArrayLike,
+    path: str | Path,
+    *,
+    label: str,
+    population: str,
+    bins: int = BINS,
+) -> None:
+    """Draw the share of galaxies with a label against the probability that was said, and how often it was said.
+
+    Args:
+        probability: Of the label, 0-1, (n,), for the galaxies that are drawn.
+        has_label: Whether each galaxy has it, (n,).
+        path: Where the PNG is written, a PDF beside it; the folder is made.
+        label: Its name.
+        population: What galaxies these are, for the title: "test set, as labelled".
+        bins: How many bins of equal numbers of galaxies.
+
+    Raises:
+        ValueError: What `reliability_table` refuses.
+    """
+    table = reliability_table(probability, has_label, bins=bins)
+    figure = Figure(figsize=(COLUMN_WIDTH, 3.9), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="Calibrated")
+    errors = [table["share"] - table["share_low"], table["share_high"] - table["share"]]
+    upper.errorbar(
+        table["mean_probability"],
+        table["share"],
+        yerr=errors,
+        color="black",
+        marker="o",
+        markersize=3.5,
+        linewidth=1,
+        elinewidth=0.8,
+        capsize=2,
+        label=f"{len(np.asarray(probability))} galaxies, {len(table)} bins",
+    )
+    upper.set_ylim(-0.03, 1.03)
+    upper.set_ylabel(f"Share that is {label}", fontsize=FONT_SIZE)
+    upper.legend(fontsize=SMALL_FONT_SIZE, frameon=False, loc="upper left")
+    upper.set_title(population, fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
+    given, truth = np.asarray(probability), np.asarray(has_label) == 1
+    edges = np.linspace(0, 1, 21)
+    lower.hist(given, edges, color="0.8", label="all")
+    lower.hist(given[truth], edges, histtype="step", color="black", linewidth=0.9, label=label)
+    lower.set_yscale("symlog", linthresh=1)
+    lower.set_ylim(bottom=0)
+    lower.set_ylabel("Galaxies", fontsize=FONT_SIZE)
+    lower.set_xlabel(f"Probability of {label}", fontsize=FONT_SIZE)
+    lower.legend(fontsize=SMALL_FONT_SIZE, frameon=False, ncols=2)
+    lower.set_xlim(-0.02, 1.02)
+    _save(figure, [upper, lower], path)
+
+
+def plot_completeness_and_purity(
+    probability: npt.ArrayLike,
+    has_label: npt.ArrayLike,
+    path: str | Path,
+    *,
+    label: str,
+    prevalence: float | None = None,
+    selection: Selection | None = None,
+) -> None:
+    """Draw completeness and purity against the threshold, at a prevalence that the title names.
+
+    Args:
+        probability: Of the label, 0-1, (n,), as the model gives it to a survey.
+        has_label: Whether each galaxy has it, (n,).
+        path: Where the PNG is written, a PDF beside it; the folder is made.
+        label: Its name.
+        prevalence: The share of galaxies with the label in the sky, 0-1; that of these galaxies when absent.
+        selection: Marked with its intervals; nothing is marked when absent.
+
+    Raises:
+        ValueError: What `selection_curve` refuses.
+    """
+    truth = np.asarray(has_label) == 1
+    weights = class_weights_for(truth, None if prevalence is None else [1 - prevalence, prevalence])
+    curve = selection_curve(probability, has_label, weights=weights)
+    figure = Figure(figsize=(COLUMN_WIDTH, 2.6), layout="constrained")
+    panel = figure.subplots()
+    panel.step(curve.thresholds, curve.completeness, where="mid", color="black", linewidth=1.1, label="Completeness")
+    panel.step(curve.thresholds, curve.purity, where="mid", color="0.45", linewidth=1.1, linestyle="--", label="Purity")
+    if selection is not None:
+        panel.axvline(selection.threshold, color="0.7", linewidth=0.8, linestyle="-.", zorder=0)
+        for estimate, colour, marker in ((selection.completeness, "black", "o"), (selection.purity, "0.45", "s")):
+            error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+            panel.errorbar(
+                selection.threshold, estimate.value, error, color=colour, marker=marker, markersize=3.5, capsize=2
+            )
+    share = truth.mean() if prevalence is None else prevalence
+    whose = "of these galaxies" if prevalence is None else "in the sky"
+    panel.set_title(f"{label}: {share:.3g} {whose}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
+    panel.set_xlim(0, 1)
+    panel.set_ylim(0, 1.04)
+    panel.set_xlabel(f"Threshold in the probability of {label}", fontsize=FONT_SIZE)
+    panel.set_ylabel("Completeness, purity", fontsize=FONT_SIZE)
+    panel.legend(fontsize=SMALL_FONT_SIZE, frameon=False)
+    _save(figure, [panel], path)
+
+
+def plot_roc_and_precision_recall(
+    probability: npt.ArrayLike,
+    has_label: npt.ArrayLike,
+    path: str | Path,
+    *,
+    label: str,
+    prevalence: float | None = None,
+) -> None:
+    """Draw completeness against the false positive rate (ROC), and purity against completeness (precision-recall).
+
+    Args:
+        probability: Of the label, 0-1, (n,).
+        has_label: Whether each galaxy has it, (n,).
+        path: Where the PNG is written, a PDF beside it; the folder is made.
+        label: Its name.
+        prevalence: The share of galaxies with the label that purity is for, 0-1; that of these galaxies when absent.
+
+    Raises:
+        ValueError: What `selection_curve` refuses.
+    """
+    truth = np.asarray(has_label) == 1
+    weights = class_weights_for(truth, None if prevalence is None else [1 - prevalence, prevalence])
+    curve = selection_curve(probability, has_label, weights=weights)
+    share = float(truth.mean() if prevalence is None else prevalence)
+    completeness = np.append(0.0, curve.completeness)
+    rate = np.append(0.0, curve.false_positive_rate)
+    area = np.diff(rate) @ (completeness[1:] + completeness[:-1]) / 2
+    average = np.diff(completeness) @ curve.purity
+    figure = Figure(figsize=(COLUMN_WIDTH, 5.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    upper.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="Guessing")
+    upper.plot(rate, completeness, color="black", linewidth=1.1, label=f"Area {area:.3f}")
+    upper.set_xlabel("False positive rate", fontsize=FONT_SIZE)
+    upper.set_ylabel("Completeness", fontsize=FONT_SIZE)
+    lower.axhline(share, color="0.6", linewidth=0.8, linestyle="--", label=f"Guessing: {share:.3g}")
+    lower.step(
+        completeness,
+        np.append(curve.purity[0], curve.purity),
+        where="pre",
+        color="black",
+        linewidth=1.1,
+        label=f"Average precision {average:.3f}",
+    )
+    lower.set_xlabel("Completeness", fontsize=FONT_SIZE)
+    whose = "of these galaxies" if prevalence is None else "in the sky"
+    lower.set_ylabel("Purity", fontsize=FONT_SIZE)
+    lower.set_title(f"{label}: {share:.3g} {whose}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
+    for panel, place in ((upper, "lower right"), (lower, "best")):
+        panel.set_xlim(-0.02, 1.02)
+        panel.set_ylim(-0.02, 1.04)
+        panel.legend(fontsize=SMALL_FONT_SIZE, frameon=False, loc=place)
+    _save(figure, [upper, lower], path)
+
+
+def plot_completeness_by_column(
+    table: pd.DataFrame, path: str | Path, *, name: str, unit: str = "", threshold: float | None = None
+) -> None:
+    """Draw completeness along a catalog's column, with the numbers of galaxies that it was measured on.
+
+    Args:
+        table: From `completeness_by_column`.
+        path: Where the PNG is written, a PDF beside it; the folder is made.
+        name: What the column is: "r-band magnitude".
+        unit: Its unit; a number without one when absent.
+        threshold: For the title; none when absent.
+
+    Raises:
+        ValueError: The table has no row.
+    """
+    if len(table) == 0:
+        raise ValueError("table has no row; make it with completeness_by_column.")
+    figure = Figure(figsize=(COLUMN_WIDTH, 3.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    middle, half = (table["low"] + table["high"]) / 2, (table["high"] - table["low"]) / 2
+    errors = [
+        table["completeness"] - table["completeness_low"],
+        table["completeness_high"] - table["completeness"],
+    ]
+    upper.errorbar(
+        middle,
+        table["completeness"],
+        yerr=errors,
+        xerr=half,
+        color="black",
+        linestyle="none",
+        marker="o",
+        markersize=3.5,
+        elinewidth=0.8,
+        capsize=2,
+    )
+    upper.set_ylim(-0.03, 1.05)
+    upper.set_ylabel("Completeness", fontsize=FONT_SIZE)
+    if threshold is not None:
+        upper.set_title(f"Threshold {threshold:.3g}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
+    widths = table["high"] - table["low"]
+    lower.bar(middle, table["galaxies"], widths, color="0.85", edgecolor="0.4", linewidth=0.6, label="labelled")
+    lower.bar(
+        middle,
+        table["selected"],
+        widths,
+        color="none",
+        edgecolor="black",
+        hatch="////",
+        linewidth=0.6,
+        label="selected",
+    )
+    lower.set_ylim(top=1.5 * max(table["galaxies"].max(), 1))
+    lower.set_ylabel("Galaxies", fontsize=FONT_SIZE)
+    lower.legend(fontsize=SMALL_FONT_SIZE, frameon=False, ncols=2, loc="upper center")
+    lower.set_xlabel(f"{name} [{unit}]" if unit else name, fontsize=FONT_SIZE)
+    _save(figure, [upper, lower], path)
+
+
+def plot_label_curve(
+    table: pd.DataFrame, path: str | Path, *, score: str = "Accuracy", order: Sequence[str] | None = None
+) -> None:
+    """Draw a score against the number of labelled galaxies of each class, with intervals, a line for each series.
+
+    Args:
+        table: A row for each point: `series` (its name), `labels` (galaxies of each class), `value`, `low` and `high`;
+            the last two NaN where there is no interval.
+        path: Where the PNG is written, a PDF beside it; the folder is made.
+        score: What the value is, for the axis.
+        order: The series to draw, in this order; all of them in the table's order when absent.
+
+    Raises:
+        ValueError: The table lacks a column, or a series.
+    """
+    missing = [name for name in ("series", "labels", "value", "low", "high") if name not in table]
+    if missing or len(table) == 0:
+        raise ValueError(f"table lacks {', '.join(missing) or 'rows'}; it needs series, labels, value, low and high.")
+    names = list(table["series"].unique()) if order is None else list(order)
+    figure = Figure(figsize=(COLUMN_WIDTH, 2.7), layout="constrained")
+    panel = figure.subplots()
+    for number, name in enumerate(names):
+        points = table[table["series"] == name].sort_values("labels")
+        if len(points) == 0:
+            raise ValueError(f"order names {name!r}; the table has {', '.join(map(str, table['series'].unique()))}.")
+        linestyle, marker = STYLES[number % len(STYLES)]
+        # A little apart, or the intervals of one number of labels cover each other.
+        numbers = points["labels"] * 1.04 ** (number - (len(names) - 1) / 2)
+        errors = [(points["value"] - points["low"]).fillna(0), (points["high"] - points["value"]).fillna(0)]
+        panel.errorbar(
+            numbers,
+            points["value"],
+            yerr=errors,
+            color=GREYS[number % len(GREYS)],
+            markersize=3.5,
+            markerfacecolor="white" if number % 2 else None,
+            linewidth=1,
+            elinewidth=0.8,
+            capsize=2,
+            label=name,
+            linestyle=linestyle,
+            marker=marker,
+        )
+    ticks = sorted(table["labels"].unique())
+    panel.set_xscale("log")
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.minorticks_off()
+    panel.set_xlabel("Labelled galaxies of each class", fontsize=FONT_SIZE)
+    panel.set_ylabel(score, fontsize=FONT_SIZE)
+    panel.legend(fontsize=SMALL_FONT_SIZE, frameon=False)
+    _save(figure, [panel], path)
+
+
+def _save(figure: Figure, panels: Sequence[Axes], path: str | Path) -> None:
+    for panel in panels:
+        panel.tick_params(labelsize=FONT_SIZE)
+    save_figure(figure, path, with_pdf=True)

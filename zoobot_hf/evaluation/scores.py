@@ -1,0 +1,175 @@
+"""The scores of a model's probabilities with their intervals, each saying which population it is for.
+
+A test split may be balanced, or have more of a rare class than the sky. What is found there and what is to be expected
+in the sky are different numbers for everything but completeness and ROC AUC. So each report names its population:
+"labelled galaxies", as they are, or "sky", where the galaxies of each class are weighted to the share that the class
+has there. The probabilities have to be for the same population; `calibration.probabilities_at_prevalence` takes them
+from one to the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .intervals import CONFIDENCE, DRAWS, Estimate, bootstrap_estimates, class_weights_for
+from .metrics import SINGLE_LABEL, check_predictions
+from .reliability import calibration_error_by_chance, decompose_brier_score, expected_calibration_error
+from .selection import selection_curve
+
+LABELLED_GALAXIES = "labelled galaxies"
+SKY = "sky"
+CALIBRATION_ERROR = "expected_calibration_error"
+FIXED_SHARE = 0.9
+SMALLEST_PROBABILITY = 1e-15
+
+Floats = npt.NDArray[np.floating[Any]]
+Booleans = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What probabilities are worth, label by label.
+
+    Attributes:
+        population: "labelled galaxies" or "sky".
+        prevalence: The share of each label in this population, by its name.
+        galaxies: How many labelled galaxies the scores were measured on.
+        confidence: Of the intervals, 0-1.
+        labels: For each label's name its scores by name. Two labels of which each galaxy has one have the scores of the
+            second.
+    """
+
+    population: str
+    prevalence: dict[str, float]
+    galaxies: int
+    confidence: float
+    labels: dict[str, dict[str, Estimate]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file, each score as value, low and high."""
+        labels = {
+            label: {name: estimate._asdict() for name, estimate in scores.items()}
+            for label, scores in self.labels.items()
+        }
+        return {**vars(self), "labels": labels}
+
+
+def score_probabilities(
+    probabilities: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    *,
+    label_names: Sequence[str],
+    problem_type: str = SINGLE_LABEL,
+    sky_prevalence: Sequence[float] | None = None,
+    purity: float = FIXED_SHARE,
+    completeness: float = FIXED_SHARE,
+    confidence: float = CONFIDENCE,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Scores:
+    """Scores of each label with intervals from a bootstrap of the galaxies, stratified by class.
+
+    - `roc_auc`, `average_precision`, `log_loss` and `brier_score`, as scikit-learn has them;
+    - `expected_calibration_error` in ten bins of equal numbers of galaxies. Drawing again adds noise to what is a
+      distance already, so its interval is the draws' reflected at the value; and, for the labelled galaxies as they
+      are, `calibration_error_by_chance`: what perfect probabilities would have with so few of them, without interval;
+    - `completeness_at_purity_0.9` and `purity_at_completeness_0.9`: the best that a threshold reaches, chosen anew on
+      each draw; a completeness of 0 where no threshold is pure enough.
+
+    Args:
+        probabilities: For the population that is scored, 0-1, (n, labels).
+        labels: Class numbers (n,), or 0, 1 and NaN where it is not known (n, labels).
+        label_names: In the order of the columns.
+        problem_type: "single_label_classification" or "multi_label_classification".
+        sky_prevalence: The share of each label in the sky; the galaxies are scored as they are when absent.
+        purity: At which completeness is given, 0-1.
+        completeness: At which purity is given, 0-1.
+        confidence: Of the intervals, 0-1.
+        draws: How often the galaxies are drawn again.
+        seed: Decides the draws.
+
+    Raises:
+        ValueError: Predictions and labels that don't fit, a label that no galaxy has or that all have, or a prevalence
+            that doesn't fit.
+    """
+    given, truth = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
+    check_predictions(given, truth, problem_type)
+    if given.shape[1] != len(label_names) or (sky_prevalence is not None and len(sky_prevalence) != len(label_names)):
+        raise ValueError(
+            f"the probabilities have {given.shape[1]} labels, label_names {len(label_names)} and sky_prevalence "
+            f"{sky_prevalence and len(sky_prevalence)}; give as many of each."
+        )
+    is_single = problem_type == SINGLE_LABEL
+    scored = [1] if is_single and len(label_names) == 2 else range(len(label_names))
+    results, shares = {}, {}
+    for number, name in enumerate(label_names):
+        known = np.ones(len(given), dtype=bool) if is_single else ~np.isnan(truth[:, number])
+        has_label = truth == number if is_single else truth[known, number] == 1
+        classes = truth if is_single else has_label
+        shares[name] = float(has_label.mean()) if sky_prevalence is None else float(sky_prevalence[number])
+        if number in scored:
+            weights = _weights(classes, number, sky_prevalence, is_single=is_single)
+            label = _Label(given[known, number], has_label, weights, sky_prevalence is not None)
+            results[name] = label.score(classes, purity, completeness, confidence=confidence, draws=draws, seed=seed)
+    population = LABELLED_GALAXIES if sky_prevalence is None else SKY
+    return Scores(population, shares, len(given), confidence, results)
+
+
+def _weights(classes: npt.NDArray[Any], number: int, sky: Sequence[float] | None, *, is_single: bool) -> Floats:
+    if sky is None or is_single:
+        return class_weights_for(classes, sky)
+    return class_weights_for(classes, [1 - sky[number], sky[number]])
+
+
+@dataclass(frozen=True)
+class _Label:
+    """One label's probabilities and truth."""
+
+    probability: Floats
+    has_label: Booleans
+    weights: Floats
+    is_weighted: bool
+
+    def score(
+        self,
+        classes: npt.NDArray[Any],
+        purity: float,
+        completeness: float,
+        *,
+        confidence: float,
+        draws: int,
+        seed: int,
+    ) -> dict[str, Estimate]:
+        def scores_of(weights: Floats) -> dict[str, float]:
+            return self._scores(weights, purity, completeness)
+
+        estimates = bootstrap_estimates(scores_of, classes, self.weights, confidence=confidence, draws=draws, seed=seed)
+        estimates[CALIBRATION_ERROR] = _reflected(estimates[CALIBRATION_ERROR])
+        if not self.is_weighted:
+            chance = calibration_error_by_chance(self.probability, seed=seed)
+            estimates["calibration_error_by_chance"] = Estimate(chance, chance, chance)
+        return estimates
+
+    def _scores(self, weights: Floats, purity: float, completeness: float) -> dict[str, float]:
+        curve = selection_curve(self.probability, self.has_label, weights=weights)
+        pure, complete = curve.purity >= purity - 1e-12, curve.completeness >= completeness - 1e-12
+        from_zero = np.append(0.0, curve.completeness)
+        of_label = np.where(self.has_label, self.probability, 1 - self.probability)
+        return {
+            "roc_auc": float(np.diff(curve.false_positive_rate, prepend=0.0) @ (from_zero[1:] + from_zero[:-1]) / 2),
+            "average_precision": float(np.diff(from_zero) @ curve.purity),
+            "log_loss": float(-np.average(np.log(np.clip(of_label, SMALLEST_PROBABILITY, 1)), weights=weights)),
+            CALIBRATION_ERROR: expected_calibration_error(self.probability, self.has_label, weights=weights),
+            "brier_score": decompose_brier_score(self.probability, self.has_label, weights=weights).score,
+            f"completeness_at_purity_{purity:g}": float(curve.completeness[pure].max(initial=0.0)),
+            f"purity_at_completeness_{completeness:g}": float(curve.purity[complete].max()),
+        }
+
+
+def _reflected(estimate: Estimate) -> Estimate:
+    """The basic bootstrap interval (Davison & Hinkley 1997, section 5.2) from the percentile one, not below 0."""
+    value, low, high = estimate
+    return Estimate(value, max(0.0, 2 * value - high), 2 * value - low)
