@@ -121,12 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune_options(tune)
     predict = _add_command(commands, "predict", help="write a table of predictions for a catalog or a folder of images")
     _add_predict_options(predict)
+    push = _add_command(commands, "push", help="send a finished run to the Hub in one commit")
+    _add_push_options(push)
     for command in (demo, tune):
         command.add_argument(
             "--seed", type=_number(int, 0, at_most=LARGEST_SEED), default=42, help="(default: %(default)s)"
         )
     for command in (demo, tune, predict):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    for command in (demo, tune, predict, push):
         command.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
 
@@ -209,6 +212,17 @@ def _add_predict_options(predict: argparse.ArgumentParser) -> None:
     predict.set_defaults(command=_predict)
 
 
+def _add_push_options(push: argparse.ArgumentParser) -> None:
+    push.add_argument("folder", type=Path, metavar="OUT", help="output_dir of a finished run")
+    push.add_argument("repo_id", metavar="USER/NAME", help="the repository; made where it doesn't exist")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--branch", help="branch to commit to, made where it doesn't exist (default: main)")
+    push.add_argument("--pull_request", action="store_true", help="open a pull request instead of committing")
+    push.add_argument("--message", help="first line of the commit")
+    push.add_argument("--include_code", action="store_true", help="let it load where zoobot_hf is not installed")
+    push.set_defaults(command=_push)
+
+
 def _demo(options: argparse.Namespace) -> int:
     _check_device(options.device)
     set_seed(options.seed)
@@ -285,6 +299,20 @@ def _predict(options: argparse.Namespace) -> int:
     write_catalog(failures, failures_path)
     _complain(f"{len(failures)} of {len(catalog)} images can't be read; their reasons: {failures_path}")
     return 1
+
+
+def _push(options: argparse.Namespace) -> int:
+    url = push_folder(
+        options.folder,
+        options.repo_id,
+        private=options.private or None,
+        revision=options.branch,
+        create_pr=options.pull_request,
+        commit_message=options.message,
+        include_code=options.include_code,
+    )
+    print(f"pushed to {url}")
+    return 0
 
 
 def _check_tables(images: Path, *tables: Path) -> None:
