@@ -1,9 +1,11 @@
 """A finished run on the Hub: model, processor, card, table and figures in one commit."""
 
+import contextlib
 import inspect
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,7 @@ def push_folder(
         raise HubPushError(f"No token for the Hub: {TOKEN_ADVICE}, then push again.")
     api = HfApi(token=token, library_name="zoobot_hf")
     message = commit_message or "Push a model finetuned with zoobot_hf"
-    try:
+    with clear_refusals(api, repo_id, revision=revision):
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
@@ -115,12 +117,6 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
             )
-    except HFValidationError as error:
-        raise HubPushError(_invalid_name(error, repo_id=repo_id)) from error
-    except HfHubHTTPError as error:
-        raise HubPushError(_refusal(error, repo_id=repo_id, revision=revision)) from error
-    except (OfflineModeIsEnabled, HTTPError, ConnectionError) as error:
-        raise HubPushError(_unreachable(api, error)) from error
     return str(commit.pr_url or repository)
 
 
@@ -139,19 +135,43 @@ def check_push(repo_id: str, *, token: str | None = None) -> None:
     if token is None:
         raise HubPushError(f"No token for the Hub to push with: {TOKEN_ADVICE}.")
     api = HfApi(token=token, library_name="zoobot_hf")
-    try:
+    with clear_refusals(api, repo_id):
         validate_repo_id(repo_id)
         account = api.whoami()
-    except HFValidationError as error:
-        raise HubPushError(_invalid_name(error, repo_id=repo_id)) from error
-    except HfHubHTTPError as error:
-        raise HubPushError(_refusal(error, repo_id=repo_id)) from error
-    except (OfflineModeIsEnabled, HTTPError) as error:
-        raise HubPushError(_unreachable(api, error)) from error
     owners = {account["name"], *(organization["name"] for organization in account.get("orgs", []))}
     owner = repo_id.split("/")[0] if "/" in repo_id else account["name"]
     if owner not in owners or account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise HubPushError(_no_right(repo_id))
+
+
+@contextlib.contextmanager
+def clear_refusals(api: HfApi, repo_id: str, *, revision: str | None = None) -> Iterator[None]:
+    """Turns whatever the Hub or the way to it may refuse into one line that says what to do.
+
+    Args:
+        api: The client.
+        repo_id: As in `push_folder`.
+        revision: As in `push_folder`.
+
+    Raises:
+        HubPushError: The Hub refused something, or could not be reached.
+    """
+    try:
+        yield
+    except HFValidationError as error:
+        raise HubPushError(_invalid_name(error, repo_id=repo_id)) from error
+    except HfHubHTTPError as error:
+        raise HubPushError(_refusal(error, repo_id=repo_id, revision=revision)) from error
+    except (OfflineModeIsEnabled, HTTPError, ConnectionError) as error:
+        raise HubPushError(_unreachable(api, error)) from error
+    except RuntimeError as error:
+        # What huggingface_hub raises for a single file that could not be uploaded; the reason is its cause.
+        if not isinstance(error.__cause__, (HfHubHTTPError, HTTPError, ConnectionError)):
+            raise
+        reason = f"{_first_line(error)} {_first_line(error.__cause__)}"
+        raise HubPushError(
+            f"The Hub at {api.endpoint} broke off the push ({reason}); push again in a while."
+        ) from error
 
 
 def _read_run(folder: Path, *, include_code: bool, token: str | None) -> dict[str, Path | str]:
