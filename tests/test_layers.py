@@ -22,6 +22,7 @@ ORDER = [
     "models.heads",
     "models.conversion",
     "models.modeling_zoobot",
+    "models.export",
     "evaluation.metrics",
     "evaluation.tables",
     "evaluation.calibration",
@@ -41,7 +42,8 @@ ORDER = [
     "cli",
 ]
 CLOSED_FOLDER = "models"
-IMPORTS_OF_OPTIONAL_EXTRAS: set[str] = set()  # "module: imported name", where an import inside a function is allowed
+# "module: imported name", where an import inside a function is allowed
+IMPORTS_OF_OPTIONAL_EXTRAS = {"models.export: onnxruntime", "models.export: onnxscript"}
 MODULES_ABOUT_RINGS = {"data.rings", "data.simulation"}  # the second one draws them
 FOLDERS_OF_ANY_GALAXY = ("data", "models", "training", "prediction")
 

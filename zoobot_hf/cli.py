@@ -23,6 +23,7 @@ from .data.dataset import load_galaxy_dataset, split_dataset
 from .data.rings import load_rings
 from .models.configuration_zoobot import HEAD_TYPES, ZoobotConfig, small_encoder_config
 from .models.conversion import DEFAULT_ZOOM, NORMALIZATIONS, image_processor_for, local_copy, read_configuration
+from .models.export import FORMATS, export_to_onnx, export_to_transformers
 from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_zoobot import ZoobotForImageClassification
 from .prediction.survey import predict_galaxies
@@ -33,6 +34,7 @@ from .training.finetuning import Finetuned, finetune
 DEMO_GALAXIES = 1500
 DRAWN_PIXELS = 128
 DEMO_PIXELS = 96
+COMPARED_GALAXIES = 20
 # numpy, which seeds the splits and the augmentation, takes no more.
 LARGEST_SEED = 2**32 - 1
 
@@ -123,13 +125,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict_options(predict)
     push = _add_command(commands, "push", help="send a finished run to the Hub in one commit")
     _add_push_options(push)
+    export = _add_command(commands, "export", help="turn a finetuned model into plain transformers or ONNX")
+    _add_export_options(export)
     for command in (demo, tune):
         command.add_argument(
             "--seed", type=_number(int, 0, at_most=LARGEST_SEED), default=42, help="(default: %(default)s)"
         )
     for command in (demo, tune, predict):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    for command in (demo, tune, predict, push):
+    for command in (demo, tune, predict, push, export):
         command.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
 
@@ -223,6 +227,13 @@ def _add_push_options(push: argparse.ArgumentParser) -> None:
     push.set_defaults(command=_push)
 
 
+def _add_export_options(export: argparse.ArgumentParser) -> None:
+    export.add_argument("model", metavar="OUT", help="folder or Hub id of a finetuned model")
+    export.add_argument("--format", choices=FORMATS, required=True, help="'onnx' needs the extra zoobot-hf[onnx]")
+    export.add_argument("--output_dir", type=Path, help="a new folder (default: OUT/FORMAT, or FORMAT for a Hub id)")
+    export.set_defaults(command=_export)
+
+
 def _demo(options: argparse.Namespace) -> int:
     _check_device(options.device)
     set_seed(options.seed)
@@ -312,6 +323,20 @@ def _push(options: argparse.Namespace) -> int:
         include_code=options.include_code,
     )
     print(f"pushed to {url}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    model, processor = _load_finetuned(options.model)
+    beside = Path(options.model) if Path(options.model).is_dir() else Path()
+    folder = options.output_dir or beside / options.format
+    galaxies = load_rings("simulated", count=COMPARED_GALAXIES, size=DRAWN_PIXELS)["train"]
+    pixel_values = processor(galaxies["image"][:])["pixel_values"]
+    export = {"transformers": export_to_transformers, "onnx": export_to_onnx}[options.format]
+    difference = export(model, processor, folder, pixel_values=pixel_values)
+    print(
+        f"{options.format}  {folder}\nlogits of {len(pixel_values)} drawn galaxies differ by at most {difference:.1e}"
+    )
     return 0
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -24,6 +23,11 @@ from .conversion import (
     read_weight_shapes,
 )
 from .heads import apply_unit_interval, build_head, head_loss
+
+try:
+    from timm.models import group_parameters
+except ImportError:  # this file also travels in repositories, and encoders that are not timm's do without it
+    group_parameters = None
 
 logger = logging.getLogger(__name__)
 
