@@ -1,14 +1,12 @@
 import copy
 import json
-import os
-import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from processes import run_without
 from safetensors.torch import save_file
 from tiny_models import ENCODERS
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Dinov2Config
@@ -66,33 +64,6 @@ def pixel_values():
 def logits_of(model, pixel_values):
     with torch.no_grad():
         return model(pixel_values=pixel_values).logits
-
-
-def run_elsewhere(script, *arguments, without=()):
-    """Runs a script in a process that can't import some packages, and gives what it printed."""
-    blocker = f"""
-        import sys
-        class Blocker:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in {set(without)!r}:
-                    raise ModuleNotFoundError("No module named " + name, name=name)
-        sys.meta_path.insert(0, Blocker())
-        for name in {list(without)!r}:
-            try:
-                __import__(name)
-            except ModuleNotFoundError:
-                continue
-            raise AssertionError(name + " is there")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(blocker) + textwrap.dedent(script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # Plain transformers
@@ -168,7 +139,7 @@ def test_a_plain_convnext_runs_without_zoobot_hf_and_timm(pixel_values, processo
             answers = pipeline("image-classification", model=folder, device="cpu")(sys.argv[1] + "/galaxy.png")
             print(sorted(answer["label"] for answer in answers))
     """
-    output = run_elsewhere(script, tmp_path, without=("zoobot_hf", "timm"))
+    output = run_without(("zoobot_hf", "timm"), script, tmp_path)
     assert output.splitlines() == ["['not ring', 'ring']"] * 2
 
 
@@ -193,7 +164,7 @@ def test_onnx_gives_the_same_logits_for_any_batch(name, pixel_values, processor,
         logits = [session.run(["logits"], {"pixel_values": images[:count]})[0].tolist() for count in (1, 3, 6)]
         print(json.dumps([logits, json.loads(session.get_modelmeta().custom_metadata_map["labels"])]))
     """
-    logits, labels = json.loads(run_elsewhere(script, folder, without=("zoobot_hf", "timm", "torch", "transformers")))
+    logits, labels = json.loads(run_without(("zoobot_hf", "timm", "torch", "transformers"), script, folder))
     for given in logits:
         np.testing.assert_allclose(given, expected[: len(given)], atol=1e-4, rtol=0)
     assert labels == ["not ring", "ring"]
