@@ -16,6 +16,7 @@ from .configuration_zoobot import ZoobotConfig
 from .conversion import (
     HUB_ARGUMENTS,
     build_encoder,
+    check_that_shapes_fit,
     check_that_weights_fit,
     load_encoder,
     local_copy,
@@ -147,8 +148,11 @@ class ZoobotPreTrainedModel(PreTrainedModel):
     @classmethod
     def _from_own_repository(cls, source: "_Checkpoint") -> Self:
         """A model with all of its weights from a zoobot_hf repository."""
-        read_weight_shapes(source.folder)  # says so in a clear line where they are damaged
-        keywords = {**source.other_arguments, "config": source.wanted_config(), "use_safetensors": True}
+        config = source.wanted_config()
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+        check_that_shapes_fit(read_weight_shapes(source.folder), expected, source.name)
+        keywords = {**source.other_arguments, "config": config, "use_safetensors": True}
         # What doesn't fit is in the report, and refused below.
         keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = super().from_pretrained(str(source.folder), **keywords)
