@@ -29,6 +29,7 @@ ORDER = [
     "evaluation.plots",
     "publishing.model_card",
     "publishing.hub",
+    "publishing.hub_dataset",
     "publishing.run_folder",
     "training.machine",
     "training.arguments",
