@@ -213,6 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, response, *, is_cut):
         # Noted before the client can go on, so that a test that has its answer finds the request in the log.
         self.note(None if is_cut else response.status)
+        if is_cut and not response.body:
+            self.hang_up()  # an empty answer has no half way but before its headers
+            return
         self.send_response(response.status)
         headers = {"Content-Type": "application/json", "Content-Length": str(len(response.body))} | response.headers
         for name, value in headers.items():

@@ -26,6 +26,7 @@ ORDER = [
     "models.checkpoint",
     "models.modeling_zoobot",
     "models.modeling_galaxy_zoo",
+    "models.export",
     "evaluation.metrics",
     "evaluation.vote_metrics",
     "evaluation.tables",
@@ -40,6 +41,7 @@ ORDER = [
     "evaluation.probability_plots",
     "publishing.model_card",
     "publishing.hub",
+    "publishing.hub_dataset",
     "publishing.run_folder",
     "training.machine",
     "training.arguments",
@@ -54,7 +56,8 @@ ORDER = [
     "cli",
 ]
 CLOSED_FOLDER = "models"
-IMPORTS_OF_OPTIONAL_EXTRAS: set[str] = set()  # "module: imported name", where an import inside a function is allowed
+# "module: imported name", where an import inside a function is allowed
+IMPORTS_OF_OPTIONAL_EXTRAS = {"models.export: onnxruntime", "models.export: onnxscript"}
 MODULES_ABOUT_RINGS = {"data.rings", "data.simulation"}  # the second one draws them
 FOLDERS_OF_ANY_GALAXY = ("data", "models", "training", "prediction")
 

@@ -23,6 +23,7 @@ from .data.dataset import load_galaxy_dataset, split_dataset
 from .data.rings import load_rings
 from .models.configuration_zoobot import HEAD_TYPES, ZoobotConfig, small_encoder_config
 from .models.conversion import DEFAULT_ZOOM, NORMALIZATIONS, image_processor_for, local_copy, read_configuration
+from .models.export import FORMATS, export_to_onnx, export_to_transformers
 from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_zoobot import ZoobotForImageClassification
 from .prediction.survey import predict_galaxies
@@ -34,6 +35,7 @@ from .training.finetuning import Finetuned, finetune
 DEMO_GALAXIES = 1500
 DRAWN_PIXELS = 128
 DEMO_PIXELS = 96
+COMPARED_GALAXIES = 20
 # numpy, which seeds the splits and the augmentation, takes no more.
 LARGEST_SEED = 2**32 - 1
 
@@ -126,12 +128,17 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--clear", action="store_true", help="delete them all")
     cache.add_argument("--debug", action="store_true", help="show where an error came from")
     cache.set_defaults(command=_cache)
+    push = _add_command(commands, "push", help="send a finished run to the Hub in one commit")
+    _add_push_options(push)
+    export = _add_command(commands, "export", help="turn a finetuned model into plain transformers or ONNX")
+    _add_export_options(export)
     for command in (demo, tune):
         command.add_argument(
             "--seed", type=_number(int, 0, at_most=LARGEST_SEED), default=42, help="(default: %(default)s)"
         )
     for command in (demo, tune, predict):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    for command in (demo, tune, predict, push, export):
         command.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
 
@@ -212,6 +219,24 @@ def _add_predict_options(predict: argparse.ArgumentParser) -> None:
         help="galaxies that the encoder sees at once (default: %(default)s)",
     )
     predict.set_defaults(command=_predict)
+
+
+def _add_push_options(push: argparse.ArgumentParser) -> None:
+    push.add_argument("folder", type=Path, metavar="OUT", help="output_dir of a finished run")
+    push.add_argument("repo_id", metavar="USER/NAME", help="the repository; made where it doesn't exist")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--branch", help="branch to commit to, made where it doesn't exist (default: main)")
+    push.add_argument("--pull_request", action="store_true", help="open a pull request instead of committing")
+    push.add_argument("--message", help="first line of the commit")
+    push.add_argument("--include_code", action="store_true", help="let it load where zoobot_hf is not installed")
+    push.set_defaults(command=_push)
+
+
+def _add_export_options(export: argparse.ArgumentParser) -> None:
+    export.add_argument("model", metavar="OUT", help="folder or Hub id of a finetuned model")
+    export.add_argument("--format", choices=FORMATS, required=True, help="'onnx' needs the extra zoobot-hf[onnx]")
+    export.add_argument("--output_dir", type=Path, help="a new folder (default: OUT/FORMAT, or FORMAT for a Hub id)")
+    export.set_defaults(command=_export)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -302,6 +327,34 @@ def _cache(options: argparse.Namespace) -> int:
             f"{file.size / 1e6:10.1f} MB  {file.images:8} images x {file.views} views  {file.encoder}  {file.path.name}"
         )
     print(f"{sum(file.size for file in files) / 1e6:10.1f} MB in {cache_folder()}")
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    url = push_folder(
+        options.folder,
+        options.repo_id,
+        private=options.private or None,
+        revision=options.branch,
+        create_pr=options.pull_request,
+        commit_message=options.message,
+        include_code=options.include_code,
+    )
+    print(f"pushed to {url}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    model, processor = _load_finetuned(options.model)
+    beside = Path(options.model) if Path(options.model).is_dir() else Path()
+    folder = options.output_dir or beside / options.format
+    galaxies = load_rings("simulated", count=COMPARED_GALAXIES, size=DRAWN_PIXELS)["train"]
+    pixel_values = processor(galaxies["image"][:])["pixel_values"]
+    export = {"transformers": export_to_transformers, "onnx": export_to_onnx}[options.format]
+    difference = export(model, processor, folder, pixel_values=pixel_values)
+    print(
+        f"{options.format}  {folder}\nlogits of {len(pixel_values)} drawn galaxies differ by at most {difference:.1e}"
+    )
     return 0
 
 

@@ -157,6 +157,16 @@ def test_fields_of_the_encoder_of_another_type_are_refused(fields):
         ZoobotConfig({"model_type": "convnext", **fields})
 
 
+def test_an_encoder_of_absurd_size_is_refused_before_it_is_built():
+    encoder = ConvNextConfig().to_dict()
+    with pytest.raises(ValueError, match=r"hidden_sizes of encoder_config is or holds 1000000; no encoder has more"):
+        ZoobotConfig({**encoder, "hidden_sizes": [8, 8, 16, 10**6]})
+    with pytest.raises(ValueError, match=r"depths of encoder_config is or holds 2000; no encoder has more than 1024"):
+        ZoobotConfig({**encoder, "depths": [1, 1, 2000, 1]})
+    with pytest.raises(ValueError, match=r"num_labels of the configuration is or holds 1000000000000"):
+        ZoobotConfig(encoder, num_labels=10**12)
+
+
 @pytest.mark.parametrize("model_type", ["galaxy-net", None, ["convnext"], "zoobot"])
 def test_an_encoder_that_transformers_lacks_is_refused(model_type):
     with pytest.raises(ValueError, match=r"encoder_config has model_type .* no such encoder"):

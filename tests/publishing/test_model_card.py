@@ -3,7 +3,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, render_model_card
+from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, address_model_card, render_model_card
 
 LEAST = {
     "model_name": "ring-finder",
@@ -171,3 +171,24 @@ def test_an_unknown_problem_type_is_named():
 def test_a_kept_stage_that_was_not_run_is_named():
     with pytest.raises(ValueError, match="'third'; choose one of the stages: frozen, unfrozen"):
         render(stages=STAGES, kept_stage="third")
+
+
+def test_an_addressed_card_has_the_name_and_address_of_its_repository():
+    text = render(**EVERYTHING | {"repo_id": None, "model_name": "out"})
+    assert address_model_card(text, "astronomer/ring-finder") == render(**EVERYTHING)
+
+
+def test_an_addressed_card_keeps_what_was_written_into_it():
+    text = render(model_name="out").replace("# out", "# out\n\nBy me, in a path/to/elsewhere.")
+    addressed = address_model_card(text, "astronomer/rings")
+    assert "\n# rings\n\nBy me, in a path/to/elsewhere.\n" in addressed
+    assert address_model_card(addressed, "astronomer/rings") == addressed
+
+
+def test_a_card_says_how_to_load_the_model_with_its_code():
+    addressed = address_model_card(render(**EVERYTHING), "astronomer/ring-finder", with_code=True)
+    assert headings(addressed) == headings(render(**EVERYTHING))
+    block = re.findall(r"```python\n(.*?)```", addressed, flags=re.DOTALL)[2]
+    assert '.from_pretrained("astronomer/ring-finder", trust_remote_code=True)' in block
+    compile(block, "card", "exec")
+    assert addressed.index(block) < addressed.index("## How well it does")

@@ -16,6 +16,7 @@ VOTE_LOSS_REDUCTIONS = ("sum", "mean")
 PREVALENCES = ("training", "sky")
 # Far above any encoder's; a damaged config.json can't ask for all of the memory.
 LARGEST_WIDTH = 65536
+MOST_LAYERS = 1024
 
 
 class ZoobotConfig(PreTrainedConfig):
@@ -83,6 +84,7 @@ class ZoobotConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("problem_type", "single_label_classification")
+        _check_sizes(kwargs, "the configuration")
         if not isinstance(kwargs.get("id2label") or {}, dict):
             raise ValueError(f"id2label is {kwargs['id2label']!r}; give a dictionary from numbers to names.")
         if decision_tree is not None:
@@ -230,10 +232,24 @@ def _as_config(encoder_config: PreTrainedConfig | dict[str, Any] | None) -> PreT
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == ZoobotConfig.model_type:
         # An encoder's code is never taken from a repository: only the classes of transformers are built.
         raise ValueError(f"encoder_config has model_type {model_type!r}, but this transformers has no such encoder.")
+    _check_sizes(settings, "encoder_config")
     try:
         return CONFIG_MAPPING[model_type].from_dict(settings)
     except StrictDataclassError as error:
         raise ValueError(f"encoder_config is no {model_type} configuration: {error}") from error
+
+
+def _check_sizes(settings: Any, where: str, *, largest: int = LARGEST_WIDTH) -> None:
+    """Refuses whole numbers that no encoder has, before anything is built that large."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            counts_layers = isinstance(name, str) and ("layers" in name or "depth" in name)
+            _check_sizes(value, f"{name} of {where}", largest=MOST_LAYERS if counts_layers else largest)
+    elif isinstance(settings, (list, tuple)):
+        for value in settings:
+            _check_sizes(value, where, largest=largest)
+    elif isinstance(settings, (int, float)) and math.isfinite(settings) and abs(settings) > largest:
+        raise ValueError(f"{where} is or holds {settings}; no encoder has more than {largest}.")
 
 
 def small_encoder_config(label_names: list[str]) -> ZoobotConfig:

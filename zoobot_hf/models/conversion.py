@@ -188,7 +188,24 @@ def check_that_weights_fit(report: dict[str, Any], name: str) -> None:
     Raises:
         ValueError: Some are missing, or of another shape.
     """
-    unfit = [*sorted(report["missing_keys"]), *sorted(entry[0] for entry in report["mismatched_keys"])]
+    _refuse_unfit([*sorted(report["missing_keys"]), *sorted(entry[0] for entry in report["mismatched_keys"])], name)
+
+
+def check_that_shapes_fit(there: dict[str, Shape] | None, expected: dict[str, Shape], name: str) -> None:
+    """Checks that the weights in a checkpoint are as large as the model's, before memory is taken for them.
+
+    Args:
+        there: The checkpoint's, from `read_weight_shapes`; None leaves the check out.
+        expected: The model's, which may be without memory so far.
+        name: What the checkpoint is called.
+
+    Raises:
+        ValueError: Some have another shape.
+    """
+    _refuse_unfit([key for key, shape in (there or {}).items() if expected.get(key, shape) != shape], name)
+
+
+def _refuse_unfit(unfit: list[str], name: str) -> None:
     if unfit:
         more = ", ..." if len(unfit) > 5 else ""
         raise ValueError(

@@ -11,6 +11,7 @@ The configuration gets these fields after the last stage of training: metrics th
 the training prevalence.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -128,8 +129,8 @@ def prevalence_shift(old: Sequence[float], new: Sequence[float], *, problem_type
         raise ValueError(f"old has {len(old)} shares and new {len(new)}; give one for each label.")
     before, after = (_checked_shares(shares, problem_type) for shares in (old, new))
     if problem_type == "single_label_classification":
-        return (after.log() - before.log()).tolist()
-    return (after.logit() - before.logit()).tolist()
+        return [math.log(b / a) for a, b in zip(before, after, strict=True)]
+    return [math.log(b / (1 - b)) - math.log(a / (1 - a)) for a, b in zip(before, after, strict=True)]
 
 
 def logit_correction(config: ZoobotConfig, *, prevalence: str | None = None) -> tuple[list[float], list[float]] | None:
@@ -270,17 +271,18 @@ def _shares_by_label(config: ZoobotConfig, name: str) -> list[float]:
     return [shares[label] for label in config.label_names]
 
 
-def _checked_shares(shares: Sequence[float], problem_type: str) -> Tensor:
-    values = torch.tensor(list(shares), dtype=torch.float64)
-    if not ((values > 0) & (values < 1)).all():
+def _checked_shares(shares: Sequence[float], problem_type: str) -> list[float]:
+    # Plain numbers and no tensors: the shift is a constant of the model's graph, which exporters trace.
+    values = [float(share) for share in shares]
+    if not all(0 < value < 1 for value in values):
         raise ValueError(
-            f"a prevalence is {values.tolist()}; each label's share lies between 0 and 1, both excluded: leave out a "
-            "class that is never there, or give it a small share."
+            f"a prevalence is {values}; each label's share lies between 0 and 1, both excluded: leave out a class "
+            "that is never there, or give it a small share."
         )
-    if problem_type == "single_label_classification" and abs(values.sum().item() - 1) > SUM_TOLERANCE:
+    if problem_type == "single_label_classification" and abs(sum(values) - 1) > SUM_TOLERANCE:
         raise ValueError(
-            f"a prevalence is {values.tolist()}, which adds up to {values.sum().item():.4g}; the shares of one label "
-            "for each galaxy add up to 1."
+            f"a prevalence is {values}, which adds up to {sum(values):.4g}; the shares of one label for each galaxy "
+            "add up to 1."
         )
     return values
 

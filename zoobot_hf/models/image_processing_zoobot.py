@@ -15,6 +15,8 @@ from transformers.utils import TensorType
 # PIL's modes for 16-bit images; "I" has room for 32 bits, but is how older versions of PIL open 16-bit PNG files.
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I")
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as transformers keeps them
+# Far above any encoder's; a damaged preprocessor_config.json can't ask for all of the memory.
+LARGEST_SIZE = 4096
 
 
 class ZoobotImageProcessor(BaseImageProcessor):
@@ -138,8 +140,9 @@ class ZoobotImageProcessor(BaseImageProcessor):
         return picture.convert("RGB" if self.num_channels == 3 else "L")
 
     def _check(self) -> None:
-        if self.size.get("height") != self.size.get("width") or not self.size.get("height", 0) > 0:
-            raise ValueError(f"size is {self.size}; give an equal, positive height and width.")
+        height, width = self.size.get("height"), self.size.get("width")
+        if not isinstance(height, int) or height != width or not 0 < height <= LARGEST_SIZE:
+            raise ValueError(f"size is {self.size}; give an equal, positive height and width up to {LARGEST_SIZE}.")
         if not 1 <= self.zoom < math.inf:
             raise ValueError(f"zoom is {self.zoom}; give 1 for the whole image or more for its centre.")
         if self.resample not in INTERPOLATIONS:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -14,8 +13,13 @@ from transformers.modeling_outputs import ModelOutput
 
 from .checkpoint import Checkpoint
 from .configuration_zoobot import ZoobotConfig
-from .conversion import build_encoder, check_that_weights_fit, read_weight_shapes
+from .conversion import build_encoder, check_that_shapes_fit, check_that_weights_fit, read_weight_shapes
 from .heads import apply_unit_interval, build_head, calibrate_logits, head_loss
+
+try:
+    from timm.models import group_parameters
+except ImportError:  # this file also travels in repositories, and encoders that are not timm's do without it
+    group_parameters = None
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +140,11 @@ class ZoobotPreTrainedModel(PreTrainedModel):
     @classmethod
     def _from_own_repository(cls, source: Checkpoint) -> Self:
         """A model with all of its weights from a zoobot_hf repository."""
-        read_weight_shapes(source.folder)  # says so in a clear line where they are damaged
-        keywords = {**source.other_arguments, "config": source.wanted_config(), "use_safetensors": True}
+        config = source.wanted_config()
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+        check_that_shapes_fit(read_weight_shapes(source.folder), expected, source.name)
+        keywords = {**source.other_arguments, "config": config, "use_safetensors": True}
         # What doesn't fit is in the report, and refused below.
         keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = super().from_pretrained(str(source.folder), **keywords)

@@ -5,12 +5,24 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 TEMPLATE = "model_card.md.jinja"
+LIBRARY = "zoobot_hf"
+LOADING_HEADING = "## How to use it"
+LOADING_WITH_CODE = """Where zoobot_hf is not installed, the code in this repository does the same:
+
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("{repo_id}", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+"""
 TAGS = ("astronomy", "galaxies", "morphology", "galaxy-zoo", "zoobot")
 KINDS = {
     "single_label_classification": ("A classifier", "labels, of which a galaxy has one"),
@@ -124,7 +136,7 @@ def render_model_card(facts: ModelCardFacts) -> str:
         outputs=outputs,
         encoder=_name_to_show(facts.encoder, facts.base_model),
         dataset=_dataset_to_show(facts),
-        repository=facts.repo_id or f"path/to/{facts.model_name}",
+        repository=facts.repo_id or _local_address(facts.model_name),
         scored_stages=scored_stages,
         metrics=list(dict.fromkeys(name for stage in scored_stages for name in _numbers(stage.metrics))),
         test_count=sum(facts.counts.get("test", {}).values()),
@@ -135,6 +147,42 @@ def render_model_card(facts: ModelCardFacts) -> str:
     )
     # Each block of the template stands on its own, with the empty lines that it may need around it.
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def address_model_card(text: str, repo_id: str, *, with_code: bool = False) -> str:
+    """A model card with the model's name and address on the Hub, where it had those of a folder.
+
+    Args:
+        text: A card that `render_model_card` made; whatever else was written into it stays.
+        repo_id: "owner/name".
+        with_code: Whether the model's code is in the repository; the card then says how to load it with that.
+
+    Raises:
+        ValueError: The card's metadata can't be read.
+    """
+    try:
+        card = ModelCard(text)
+    except (YAMLError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(
+            f"the metadata on top of the model card can't be read: {problem}; correct README.md."
+        ) from error
+    metadata, name = cast(ModelCardData, card.data), repo_id.split("/")[-1]
+    old_name = metadata.model_name
+    if old_name is not None:
+        metadata.model_name = name
+        card.text = card.text.replace(_local_address(old_name), repo_id)
+        card.text = re.sub(rf"^# {re.escape(old_name)}$", lambda _: f"# {name}", card.text, count=1, flags=re.MULTILINE)
+    if with_code:
+        loading, heading, rest = card.text.partition(LOADING_HEADING)
+        lines, next_heading, rest = rest.partition("\n## ")
+        added = LOADING_WITH_CODE.format(repo_id=repo_id)
+        card.text = f"{loading}{heading}{lines.rstrip()}\n\n{added}{next_heading}{rest}"
+    return str(card.content)
+
+
+def _local_address(model_name: str) -> str:
+    return f"path/to/{model_name}"
 
 
 def _environment() -> Environment:
@@ -152,7 +200,7 @@ def _environment() -> Environment:
 
 def _metadata(facts: ModelCardFacts) -> ModelCardData:
     return ModelCardData(
-        library_name="zoobot_hf",
+        library_name=LIBRARY,
         pipeline_tag="image-classification",
         tags=list(TAGS),
         license=facts.license,

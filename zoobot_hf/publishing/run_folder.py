@@ -14,7 +14,8 @@ from zoobot_hf.evaluation.plots import plot_confusion, plot_most_wrong, plot_tra
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
 
-from .hub import FIGURES
+from .hub import FIGURES, METRICS, MODEL_CARD
+from .model_card import ModelCardFacts, StageFacts, render_model_card
 
 
 def save_model(folder: Path, model: ZoobotForImageClassification, processor: ZoobotImageProcessor) -> None:
@@ -27,6 +28,39 @@ def save_model(folder: Path, model: ZoobotForImageClassification, processor: Zoo
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def save_stage(
+    folder: Path,
+    model: ZoobotForImageClassification,
+    processor: ZoobotImageProcessor,
+    *,
+    stage: StageFacts,
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes all that a push needs of a single stage: model, processor, card, and scores on the validation split.
+
+    Args:
+        folder: Made where it isn't there.
+        model: The trained model.
+        processor: Its image processor.
+        stage: Name and settings of the stage; it has no metrics of a test split.
+        history: `TrainerState.log_history`.
+    """
+    save_model(folder, model, processor)
+    evaluations = [record for record in history if "eval_loss" in record]
+    write_json(folder / METRICS, {stage.name: {"evaluations": evaluations}})
+    config = model.config
+    facts = ModelCardFacts(
+        model_name=folder.resolve().name,
+        encoder=config.encoder_name or config.encoder_config.model_type,
+        labels=config.label_names,
+        problem_type=config.problem_type,
+        image_size=processor.pixels,
+        stages=[stage],
+        kept_stage=stage.name,
+    )
+    (folder / MODEL_CARD).write_text(render_model_card(facts), encoding="utf-8")
 
 
 def draw_figures(
