@@ -35,6 +35,7 @@ ORDER = [
     "evaluation.reliability",
     "evaluation.selection",
     "evaluation.scores",
+    "evaluation.judgement",
     "evaluation.label_audit",
     "evaluation.plots",
     "evaluation.vote_plots",

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+from tiny_models import ENCODERS
 from torch import nn
 from torch.nn import functional
 
-from zoobot_hf import ZoobotConfig
+from zoobot_hf import ZoobotConfig, ZoobotForImageClassification
 from zoobot_hf.models.heads import (
     apply_unit_interval,
     build_head,
@@ -28,6 +29,10 @@ def config_of(problem_type="single_label_classification", **fields):
     return ZoobotConfig(problem_type=problem_type, id2label=labels, embedding_size=4, **fields)
 
 
+def kinds_of(head):
+    return [nn.Linear if isinstance(layer, nn.Linear) else type(layer) for layer in head]
+
+
 def loss_of(logits, labels, config, *, training=False):
     return head_loss(logits, labels, config, training=training).item()
 
@@ -37,14 +42,14 @@ def loss_of(logits, labels, config, *, training=False):
 
 def test_a_linear_head_is_dropout_and_one_layer():
     head = build_head(config_of(head_dropout=0.3))
-    assert [type(layer) for layer in head] == [nn.Dropout, nn.Linear]
+    assert kinds_of(head) == [nn.Dropout, nn.Linear]
     assert head[0].p == 0.3
     assert head(torch.zeros(5, 4)).shape == (5, 3)
 
 
 def test_an_mlp_head_has_one_hidden_layer():
     head = build_head(config_of(head_type="mlp", head_hidden_size=7))
-    assert [type(layer) for layer in head] == [nn.Dropout, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert kinds_of(head) == [nn.Dropout, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
     assert head[1].weight.shape == (7, 4)
     assert head(torch.zeros(5, 4)).shape == (5, 3)
 
@@ -319,3 +324,11 @@ def test_a_prevalence_that_is_neither_is_refused():
     for function in (logit_correction, lambda config, **given: probabilities_from_logits(LOGITS, config, **given)):
         with pytest.raises(ValueError, match="prevalence is 'field'; choose one of training, sky"):
             function(config_of(**PREVALENCES), prevalence="field")
+
+
+@pytest.mark.parametrize("head_type", ["linear", "mlp"])
+def test_a_new_head_starts_out_undecided(head_type):
+    model = ZoobotForImageClassification(ZoobotConfig(ENCODERS["layer_norm"], head_type=head_type))
+    for head in (build_head(config_of(head_type=head_type)), model.head):
+        assert not head[-1].bias.any()
+        assert 0.003 < head[-1].weight.std() < 0.03

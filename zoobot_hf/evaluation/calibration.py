@@ -143,7 +143,7 @@ def fit_calibration(
 
     Raises:
         ValueError: Another problem type or method; no galaxies; a label that no validation galaxy has, or that all
-            have; shapes that don't fit; logits that are not finite.
+            have; galaxies that are told apart without error; shapes that don't fit; logits that are not finite.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
@@ -152,6 +152,11 @@ def fit_calibration(
         raise ValueError(f"logits have the shape {scores.shape}; pass finite numbers, (n, labels), before softmax.")
     problems = _problems(scores, np.asarray(labels), problem_type, training_prevalence)
     fits = [_fit_scale_and_shift(problem, method=method) for problem in problems]
+    if any(np.min(scale) >= 0.99 * LARGEST_SCALE for scale, _ in fits):
+        raise ValueError(
+            f"the {len(scores)} labelled galaxies are told apart without error, and any temperature down to 0 fits "
+            "them; calibration needs galaxies that the model gets wrong: take a larger validation split."
+        )
     before = float(np.mean([problem.log_loss() for problem in problems]))
     after = float(np.mean([p.log_loss(*fit) for p, fit in zip(problems, fits, strict=True)]))
     if not after < before - 1e-12:

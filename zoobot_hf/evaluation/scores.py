@@ -38,6 +38,7 @@ class Scores:
         prevalence: The share of each label in this population, by its name.
         galaxies: How many labelled galaxies the scores were measured on.
         confidence: Of the intervals, 0-1.
+        overall: `accuracy` and `log_loss` over all labels, where each galaxy has one label; empty where it has several.
         labels: For each label's name its scores by name. Two labels of which each galaxy has one have the scores of the
             second.
     """
@@ -46,6 +47,7 @@ class Scores:
     prevalence: dict[str, float]
     galaxies: int
     confidence: float
+    overall: dict[str, Estimate]
     labels: dict[str, dict[str, Estimate]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +56,8 @@ class Scores:
             label: {name: estimate._asdict() for name, estimate in scores.items()}
             for label, scores in self.labels.items()
         }
-        return {**vars(self), "labels": labels}
+        overall = {name: estimate._asdict() for name, estimate in self.overall.items()}
+        return {**vars(self), "overall": overall, "labels": labels}
 
 
 def score_probabilities(
@@ -115,7 +118,24 @@ def score_probabilities(
             label = _Label(given[known, number], has_label, weights, sky_prevalence is not None)
             results[name] = label.score(classes, purity, completeness, confidence=confidence, draws=draws, seed=seed)
     population = LABELLED_GALAXIES if sky_prevalence is None else SKY
-    return Scores(population, shares, len(given), confidence, results)
+    overall = _overall(given, truth, sky_prevalence, confidence=confidence, draws=draws, seed=seed) if is_single else {}
+    return Scores(population, shares, len(given), confidence, overall, results)
+
+
+def _overall(
+    given: Floats, classes: npt.NDArray[Any], sky: Sequence[float] | None, *, confidence: float, draws: int, seed: int
+) -> dict[str, Estimate]:
+    of_label = np.clip(given[np.arange(len(given)), classes], SMALLEST_PROBABILITY, 1)
+    is_right, surprise = given.argmax(axis=1) == classes, -np.log(of_label)
+
+    def scores_of(weights: Floats) -> dict[str, float]:
+        return {
+            "accuracy": float(np.average(is_right, weights=weights)),
+            "log_loss": float(np.average(surprise, weights=weights)),
+        }
+
+    weights = class_weights_for(classes, sky)
+    return bootstrap_estimates(scores_of, classes, weights, confidence=confidence, draws=draws, seed=seed)
 
 
 def _weights(classes: npt.NDArray[Any], number: int, sky: Sequence[float] | None, *, is_single: bool) -> Floats:

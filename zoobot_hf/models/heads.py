@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from .configuration_zoobot import PREVALENCES, ZoobotConfig
 
+INITIAL_SPREAD = 0.01  # of a new head's weights, as in DINOv2's linear evaluation
 SUM_TOLERANCE = 2e-3  # shares written with three digits
 
 
@@ -30,19 +31,24 @@ def build_head(config: ZoobotConfig) -> nn.Sequential:
         config: The configuration, with `embedding_size` known.
 
     Returns:
-        The head; its last layer is always `nn.Linear`.
+        The head; its last layer is always an `nn.Linear`, with small weights: it starts out undecided, as any logistic
+        regression does, and what few galaxies say is not drowned by chance.
     """
     assert config.embedding_size is not None
-    dropout = nn.Dropout(config.head_dropout)
-    if config.head_type == "linear":
-        return nn.Sequential(dropout, nn.Linear(config.embedding_size, config.num_labels))
-    return nn.Sequential(
-        dropout,
-        nn.Linear(config.embedding_size, config.head_hidden_size),
-        nn.ReLU(),
-        nn.Dropout(config.head_dropout),
-        nn.Linear(config.head_hidden_size, config.num_labels),
-    )
+    layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
+    inputs = config.embedding_size
+    if config.head_type == "mlp":
+        layers += [nn.Linear(inputs, config.head_hidden_size), nn.ReLU(), nn.Dropout(config.head_dropout)]
+        inputs = config.head_hidden_size
+    return nn.Sequential(*layers, _LastLayer(inputs, config.num_labels))
+
+
+class _LastLayer(nn.Linear):
+    """A linear layer whose initial weights are small and whose biases are 0."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INITIAL_SPREAD)
+        nn.init.zeros_(self.bias)
 
 
 def head_loss(logits: Tensor, labels: Tensor, config: ZoobotConfig, *, training: bool) -> Tensor:

@@ -125,7 +125,7 @@ class ZoobotPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # The head's, as PyTorch and Zoobot have it; the encoder is a PreTrainedModel of its own.
+        # The head's, each layer in its own way; the encoder is a PreTrainedModel of its own.
         if isinstance(module, nn.Linear) and not getattr(module.weight, "_is_hf_initialized", False):
             module.reset_parameters()
 

@@ -1,0 +1,216 @@
+"""What a trained head is worth: its calibration, its threshold and its scores.
+
+All of it comes from the head's own logits for galaxies that it was not trained on. The calibration and the threshold
+are fitted on validation galaxies, and the scores are those of test galaxies.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zoobot_hf.models.configuration_zoobot import ZoobotConfig
+from zoobot_hf.models.heads import calibrate_logits, effective_training_prevalence, probabilities_from_logits
+
+from .calibration import Calibration, fit_calibration, probabilities_at_prevalence
+from .metrics import SINGLE_LABEL
+from .scores import Scores, score_probabilities
+from .selection import Selection, choose_threshold, measure_selection
+
+Floats = npt.NDArray[np.floating[Any]]
+Labels = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a trained head is worth.
+
+    Attributes:
+        fields: What the model's configuration gets, so that the model gives calibrated probabilities for the sky.
+        calibration: None where the validation galaxies don't allow one.
+        probabilities: Of the test galaxies, as the model then gives them, (n, labels).
+        probabilities_as_labelled: The same for galaxies with the test galaxies' own prevalence.
+        scores: Of the test galaxies as they are and, where the sky's prevalence is known, as expected in the sky.
+        selections: What the threshold of each label selects among the test galaxies, at the sky's prevalence.
+        remarks: What could not be done and why, a sentence each.
+    """
+
+    fields: dict[str, Any]
+    calibration: Calibration | None
+    probabilities: Floats
+    probabilities_as_labelled: Floats
+    scores: list[Scores]
+    selections: dict[str, Selection]
+    remarks: list[str]
+
+
+def judge(
+    config: ZoobotConfig,
+    *,
+    validation_logits: npt.ArrayLike,
+    validation_labels: npt.ArrayLike,
+    test_logits: npt.ArrayLike,
+    test_labels: npt.ArrayLike,
+    aim: str = "f1",
+    at_least: float | None = None,
+) -> Judgement:
+    """The calibration, the threshold and the scores of a trained head.
+
+    What can't be measured on these galaxies, because a class is missing or the aim can't be met, is left out, and a
+    remark says why: training is over by now, and its result is not to be lost.
+
+    Args:
+        config: The model's configuration; its calibration is not looked at. Predictions are for the sky where it has
+            both prevalences.
+        validation_logits: The head's own, (m, labels), before softmax.
+        validation_labels: Class numbers (m,), or 0, 1 and NaN where it is not known (m, labels).
+        test_logits: The head's own, (n, labels).
+        test_labels: As `validation_labels`, (n,) or (n, labels).
+        aim: What the threshold is for: "purity", "completeness" or "f1" (the best there is).
+        at_least: The purity or completeness to be reached at the sky's prevalence, 0-1; not for f1.
+
+    Raises:
+        ValueError: A problem type without classes, or prevalences that don't fit the labels.
+    """
+    judge = _Judge(copy.deepcopy(config))
+    calibration = judge.calibrate(np.asarray(validation_logits), np.asarray(validation_labels))
+    judge.choose_thresholds(np.asarray(validation_logits), np.asarray(validation_labels), aim, at_least)
+    return judge.measure(np.asarray(test_logits), np.asarray(test_labels), calibration)
+
+
+class _Judge:
+    """A configuration that is filled in step by step, and remarks on what could not be."""
+
+    def __init__(self, config: ZoobotConfig) -> None:
+        config.forget_calibration()
+        self.config = config
+        self.remarks: list[str] = []
+        self.sky: list[float] | None = None
+        self.assumed: list[float] | None = None
+        if config.training_prevalence is not None:
+            self.assumed = effective_training_prevalence(config)
+
+    def calibrate(self, logits: Floats, labels: Labels) -> Calibration | None:
+        calibration = None
+        try:
+            calibration = fit_calibration(
+                logits, labels, problem_type=self.config.problem_type, training_prevalence=self.assumed
+            )
+        except ValueError as error:
+            self.remarks.append(f"The probabilities are not calibrated: {error}")
+        else:
+            for name, value in calibration.config_fields().items():
+                setattr(self.config, name, value)
+        if self.assumed is not None and self.config.sky_prevalence is not None:
+            self.config.predictions_for = "sky"
+            self.sky = self.assumed = [self.config.sky_prevalence[name] for name in self.config.label_names]
+        return calibration
+
+    def probabilities(self, logits: Floats) -> Floats:
+        outputs = calibrate_logits(torch.tensor(logits, dtype=torch.float32), self.config)
+        return np.asarray(probabilities_from_logits(outputs, self.config).double().numpy())
+
+    def choose_thresholds(self, logits: Floats, labels: Labels, aim: str, at_least: float | None) -> None:
+        given, thresholds = self.probabilities(logits), {}
+        for number in self.selected_labels():
+            name = self.config.label_names[number]
+            known, has_label = _truth(labels, number, self.config.problem_type)
+            try:
+                selection = choose_threshold(
+                    given[known, number],
+                    has_label,
+                    aim=aim,
+                    at_least=at_least,
+                    prevalence=self.sky_share(number),
+                )
+            except ValueError as error:
+                self.remarks.append(f"No threshold selects {name!r}: {error}")
+            else:
+                thresholds[name] = selection.threshold
+                self.config.decision_aim = selection.aim
+        self.config.decision_threshold = thresholds or None
+
+    def measure(self, logits: Floats, labels: Labels, calibration: Calibration | None) -> Judgement:
+        given = self.probabilities(logits)
+        as_labelled = self._as_labelled(given, labels)
+        names = ("calibration_temperature", "calibration_shift", "predictions_for", "decision_threshold")
+        return Judgement(
+            fields={name: getattr(self.config, name) for name in (*names, "decision_aim")},
+            calibration=calibration,
+            probabilities=given,
+            probabilities_as_labelled=as_labelled,
+            scores=[
+                *self._score(as_labelled, labels, None),
+                *(self._score(given, labels, self.sky) if self.sky else []),
+            ],
+            selections=self._measure_selections(given, labels),
+            remarks=self.remarks,
+        )
+
+    def sky_share(self, number: int) -> float | None:
+        return None if self.sky is None else self.sky[number]
+
+    def selected_labels(self) -> Sequence[int]:
+        # Of two labels of which each galaxy has one, the second is what is looked for: a ring.
+        is_one_of_two = self.config.problem_type == SINGLE_LABEL and self.config.num_labels == 2
+        return [1] if is_one_of_two else range(self.config.num_labels)
+
+    def _as_labelled(self, given: Floats, labels: Labels) -> Floats:
+        """Probabilities for the prevalence of the galaxies given, or as they are where that has a zero."""
+        shares = prevalence_of(labels, self.config.problem_type, count=self.config.num_labels)
+        if self.assumed is None or not all(0 < share < 1 for share in shares):
+            return given
+        return probabilities_at_prevalence(
+            given, assumed_prevalence=self.assumed, prevalence=shares, problem_type=self.config.problem_type
+        )
+
+    def _score(self, given: Floats, labels: Labels, sky: list[float] | None) -> list[Scores]:
+        names, problem_type = self.config.label_names, self.config.problem_type
+        try:
+            return [
+                score_probabilities(given, labels, label_names=names, problem_type=problem_type, sky_prevalence=sky)
+            ]
+        except ValueError as error:
+            self.remarks.append(f"The test galaxies don't allow scores with intervals: {error}")
+            return []
+
+    def _measure_selections(self, given: Floats, labels: Labels) -> dict[str, Selection]:
+        selections = {}
+        for name, threshold in (self.config.decision_threshold or {}).items():
+            number = self.config.label_names.index(name)
+            known, has_label = _truth(labels, number, self.config.problem_type)
+            try:
+                selection = measure_selection(
+                    given[known, number], has_label, threshold=threshold, prevalence=self.sky_share(number)
+                )
+            except ValueError as error:
+                self.remarks.append(f"The selection of {name!r} can't be measured: {error}")
+            else:
+                selections[name] = selection._replace(aim=str(self.config.decision_aim))
+        return selections
+
+
+def prevalence_of(labels: npt.ArrayLike, problem_type: str, *, count: int) -> list[float]:
+    """The share of each label among labelled galaxies.
+
+    Args:
+        labels: Class numbers (n,), or 0, 1 and NaN where it is not known (n, labels).
+        problem_type: "single_label_classification" or "multi_label_classification".
+        count: How many labels there are.
+    """
+    values = np.asarray(labels)
+    if problem_type == SINGLE_LABEL:
+        return (np.bincount(values.astype(np.int64), minlength=count) / max(len(values), 1)).tolist()
+    return np.nanmean(values, axis=0).tolist()
+
+
+def _truth(labels: Labels, number: int, problem_type: str) -> tuple[Labels, Labels]:
+    """Whose label is known, (n,), and whether these have it."""
+    if problem_type == SINGLE_LABEL:
+        return np.ones(len(labels), dtype=bool), labels == number
+    known = ~np.isnan(labels[:, number])
+    return known, labels[known, number] == 1
