@@ -50,6 +50,7 @@ ORDER = [
     "training.embedding_cache",
     "training.head_grid",
     "training.trainer",
+    "training.run_report",
     "training.finetuning",
     "training.label_efficiency",
     "prediction.tables",

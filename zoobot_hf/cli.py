@@ -406,8 +406,7 @@ def _report(finetuned: Finetuned) -> None:
     print("\non the test split" + "".join(f"{name.replace('_', ' '):>14}" for name in names))
     for stage in finetuned.stages:
         kept = " (kept)" if stage.name == finetuned.kept_stage else ""
-        # A metric that has no value, for want of a class in the split, comes back from a finished stage as None.
-        values = [math.nan if stage.test[name] is None else stage.test[name] for name in names]
+        values = [finetuned.test_metrics[stage.name][name] for name in names]
         print(f"{stage.name + kept:17}" + "".join(f"{value:14.3f}" for value in values))
     folder = finetuned.output_dir
     print(f"\nmodel    {folder}\ncard     {folder / 'README.md'}\ntable    {folder / 'predictions.parquet'}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
-from transformers import TrainerCallback
+from transformers import TrainerCallback, pipeline
 
 from zoobot_hf import (
     FrozenStageArguments,
@@ -25,6 +25,7 @@ from zoobot_hf import (
 from zoobot_hf.training import finetuning
 from zoobot_hf.training.trainer import FrozenStageTrainer, UnfrozenStageTrainer
 
+PROBABILITY_FIGURES = ("reliability", "completeness_and_purity", "roc")
 SETTINGS = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
 
 
@@ -78,10 +79,12 @@ def test_the_output_folder_is_ready_for_the_hub(run, rings, tmp_path):
         "figures/training_curves.png",
         "figures/confusion.png",
         "figures/most_wrong.png",
+        *(f"figures/{name}.{ending}" for name in PROBABILITY_FIGURES for ending in ("png", "pdf")),
     }
     metrics = json.loads((folder / "metrics.json").read_text())
     names = {"accuracy", "balanced_accuracy", "completeness", "purity", "f1", "roc_auc", "average_precision"}
-    assert names | {"log_loss", "confusion", "validation_loss"} == set(metrics["frozen"]) == set(metrics["unfrozen"])
+    names |= {"log_loss", "confusion", "validation_loss", "scores", "calibration", "selections", "remarks"}
+    assert names == set(metrics["frozen"]) == set(metrics["unfrozen"])
     assert metrics["kept_stage"] == finetuned.kept_stage
     table = pd.read_parquet(folder / "predictions.parquet")
     assert table["id_str"].tolist() == rings["test"]["id_str"][:]
@@ -200,6 +203,80 @@ def test_balancing_records_both_prevalences(run, rings, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["sky_prevalence"] == pytest.approx({"not ring": shares[0], "ring": shares[1]})
     assert config["training_prevalence"] == {"not ring": 0.5, "ring": 0.5}
+
+
+@pytest.fixture
+def hard_rings(rings):
+    """Half of the galaxies have another label than their picture says, so that there is something to calibrate."""
+
+    def spoil(galaxy, index):
+        return {**galaxy, "label": 1 - galaxy["label"] if index % 3 == 0 else galaxy["label"]}
+
+    return type(rings)({name: split.map(spoil, with_indices=True) for name, split in rings.items()})
+
+
+def test_probabilities_are_calibrated_and_for_the_sky(run, hard_rings, processor, tmp_path):
+    finetuned = run("out", dataset=hard_rings, sky_prevalence={"ring": 0.1}, skip_unfrozen=True)
+    config = ZoobotForImageClassification.from_pretrained(tmp_path / "out").config
+    assert config.predictions_for == "sky"
+    assert config.sky_prevalence == {"not ring": 0.9, "ring": 0.1}
+    judgement = finetuned.judgements["frozen"]
+    assert config.calibration_temperature == judgement.calibration.config_fields()["calibration_temperature"]
+    assert config.decision_threshold == {"ring": judgement.selections["ring"].threshold}
+    assert [scores.population for scores in judgement.scores] == ["labelled galaxies", "sky"]
+    assert judgement.scores[1].prevalence["ring"] == 0.1
+    # By hand: logits by the temperature, and each class by what its share changes.
+    stage, shares = finetuned.stages[0], config.training_prevalence
+    logits = torch.tensor(stage.test_logits) / (config.calibration_temperature or 1)
+    shift = torch.tensor([0.9 / shares["not ring"], 0.1 / shares["ring"]]).log()
+    assert torch.allclose(torch.tensor(judgement.probabilities), (logits + shift).softmax(-1).double(), atol=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "They are for galaxies of which 90.0% are not ring, 10.0% are ring." in card
+    assert "Expected in the sky, where 10.0% are ring:" in card
+    classify = pipeline("image-classification", str(tmp_path / "out"))
+    said = {answer["label"]: answer["score"] for answer in classify(hard_rings["test"][0]["image"])}
+    assert said["ring"] == pytest.approx(judgement.probabilities[0, 1], abs=1e-5)
+
+
+def test_a_second_finetuning_forgets_the_calibration_of_the_first(run, hard_rings, processor, tmp_path):
+    run("first", dataset=hard_rings, sky_prevalence={"ring": 0.1}, skip_unfrozen=True)
+    model = ZoobotForImageClassification.from_pretrained(tmp_path / "first")
+    again = finetune(
+        model, processor, hard_rings, tmp_path / "second", frozen=FrozenStageArguments(**SETTINGS), skip_unfrozen=True
+    )
+    assert again.model.config.sky_prevalence == again.model.config.training_prevalence
+    raw = again.stages[0].validation_logits
+    assert again.judgements["frozen"].calibration.log_loss_before == pytest.approx(
+        torch.nn.functional.cross_entropy(torch.tensor(raw), torch.tensor(hard_rings["validation"]["label"][:])).item(),
+        abs=0.02,  # the validation galaxies' shares differ a little from the training split's
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sky_prevalence": {"bar": 0.1}}, "sky_prevalence has shares for bar; give one for each of not ring, ring"),
+        ({"sky_prevalence": {"ring": 0.0}}, "each label's share lies between 0 and 1"),
+        ({"sky_prevalence": {"ring": 0.5, "not ring": 0.6}}, "which adds up to 1.1"),
+        ({"decision_aim": "beauty"}, "aim is 'beauty'; choose one of purity, completeness, f1"),
+        ({"decision_aim": "purity"}, "at_least is None; give the purity to be reached"),
+    ],
+)
+def test_prevalences_and_aims_are_checked_before_training(options, message, run, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run("out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_without_validation_is_refused(run, rings):
+    with pytest.raises(ValueError, match="the dataset has no galaxies in validation; make the splits"):
+        run("out", dataset=type(rings)({"train": rings["train"], "test": rings["test"]}))
+
+
+def test_a_class_without_a_training_galaxy_is_named(run, rings):
+    smooth = rings["train"].filter(lambda galaxy: galaxy["label"] == 0)
+    with pytest.raises(ValueError, match="no galaxy with and one without the label not ring, ring"):
+        run("out", dataset=type(rings)({**rings, "train": smooth}))
 
 
 def test_an_unreadable_image_stops_before_training_and_is_named(run, rings, tmp_path):

@@ -118,7 +118,7 @@ class _Judge:
         given, thresholds = self.probabilities(logits), {}
         for number in self.selected_labels():
             name = self.config.label_names[number]
-            known, has_label = _truth(labels, number, self.config.problem_type)
+            known, has_label = truth_of_label(labels, number, self.config.problem_type)
             try:
                 selection = choose_threshold(
                     given[known, number],
@@ -182,7 +182,7 @@ class _Judge:
         selections = {}
         for name, threshold in (self.config.decision_threshold or {}).items():
             number = self.config.label_names.index(name)
-            known, has_label = _truth(labels, number, self.config.problem_type)
+            known, has_label = truth_of_label(labels, number, self.config.problem_type)
             try:
                 selection = measure_selection(
                     given[known, number], has_label, threshold=threshold, prevalence=self.sky_share(number)
@@ -208,9 +208,16 @@ def prevalence_of(labels: npt.ArrayLike, problem_type: str, *, count: int) -> li
     return np.nanmean(values, axis=0).tolist()
 
 
-def _truth(labels: Labels, number: int, problem_type: str) -> tuple[Labels, Labels]:
-    """Whose label is known, (n,), and whether these have it."""
+def truth_of_label(labels: npt.ArrayLike, number: int, problem_type: str) -> tuple[Labels, Labels]:
+    """Of which galaxies a label is known, (n,), and whether these have it.
+
+    Args:
+        labels: Class numbers (n,), or 0, 1 and NaN where it is not known (n, labels).
+        number: The label's.
+        problem_type: "single_label_classification" or "multi_label_classification".
+    """
+    values = np.asarray(labels)
     if problem_type == SINGLE_LABEL:
-        return np.ones(len(labels), dtype=bool), labels == number
-    known = ~np.isnan(labels[:, number])
-    return known, labels[known, number] == 1
+        return np.ones(len(values), dtype=bool), values == number
+    known = ~np.isnan(values[:, number])
+    return known, values[known, number] == 1

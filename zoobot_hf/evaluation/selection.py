@@ -140,7 +140,7 @@ def choose_threshold(
         ValueError: Another aim; a goal that is missing, out of range or can't be reached, with what can be; or what
             `selection_curve` refuses.
     """
-    _check_aim(aim, at_least)
+    check_aim(aim, at_least)
     share, weights = _weighted(has_label, prevalence)
     curve = selection_curve(probability, has_label, weights=weights)
     if aim == "f1":
@@ -261,7 +261,16 @@ def completeness_by_column(
     return pd.DataFrame(rows, columns=names)
 
 
-def _check_aim(aim: str, at_least: float | None) -> None:
+def check_aim(aim: str, at_least: float | None) -> None:
+    """Checks that an aim is one, and that its goal fits.
+
+    Args:
+        aim: As in `choose_threshold`.
+        at_least: As in `choose_threshold`.
+
+    Raises:
+        ValueError: Another aim, or a goal that is missing, too many, or out of range.
+    """
     if aim not in AIMS:
         raise ValueError(f"aim is {aim!r}; choose one of {', '.join(AIMS)}.")
     if aim == "f1" and at_least is not None:

@@ -42,11 +42,14 @@ class StageFacts:
         hyperparameters: The settings worth knowing, by name.
         metrics: Values on the test split by metric name, as `zoobot_hf.evaluation.metrics` names them. Those that are
             no single number, as `confusion`, are left out of the card.
+        scores: For each population in words, value, low and high of each score on the test split. Where there are
+            some, the card shows these, and the metrics are in its metadata alone.
     """
 
     name: str
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, tuple[float, float, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,12 @@ class ModelCardFacts:
         image_size: Width and height that the processor makes of every image, in pixels.
         stages: The stages that were run, in their order.
         kept_stage: The stage whose model is published.
+        confidence: Of the intervals of scores and selections, 0-1.
+        temperature: What the model divides its logits by, one number or one for each label; None for nothing.
+        predictions_for: "sky" or "training": whose prevalence the probabilities are for; None says nothing about it.
+        selections: By label, what its threshold selects of the test galaxies: `threshold`, `prevalence` and `aim`, and
+            value, low and high of `completeness`, `purity` and `f1`.
+        remarks: What could not be measured and why, a sentence each.
         repo_id: "owner/name" on the Hub, for the lines on how to load it; None shows a folder there.
         base_model: The encoder's id on the Hub; None where it is not from there.
         license: The Hub's short name of the model's licence, such as "apache-2.0".
@@ -91,6 +100,11 @@ class ModelCardFacts:
     image_size: int
     stages: Sequence[StageFacts]
     kept_stage: str | None = None
+    confidence: float = 0.9
+    temperature: float | Sequence[float] | None = None
+    predictions_for: str | None = None
+    selections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
     repo_id: str | None = None
     base_model: str | None = None
     license: str | None = None
@@ -139,6 +153,8 @@ def render_model_card(facts: ModelCardFacts) -> str:
         repository=facts.repo_id or _local_address(facts.model_name),
         scored_stages=scored_stages,
         metrics=list(dict.fromkeys(name for stage in scored_stages for name in _numbers(stage.metrics))),
+        populations=_populations(facts),
+        temperature=_temperature_to_show(facts.temperature),
         test_count=sum(facts.counts.get("test", {}).values()),
         counted=list(dict.fromkeys(label for by_label in facts.counts.values() for label in by_label)),
         prevalences=_prevalences(facts),
@@ -195,6 +211,8 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters["score"] = _score_to_show
+    environment.filters["estimate"] = _estimate_to_show
+    environment.filters["percent"] = "{:.1%}".format
     return environment
 
 
@@ -265,6 +283,31 @@ def _time_to_show(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _populations(facts: ModelCardFacts) -> dict[str, dict[str, list[Any]]]:
+    """For each population and score one estimate for each stage."""
+    tables: dict[str, dict[str, list[Any]]] = {}
+    for population in dict.fromkeys(words for stage in facts.stages for words in stage.scores):
+        names = dict.fromkeys(name for stage in facts.stages for name in stage.scores.get(population, {}))
+        tables[population] = {
+            name: [stage.scores.get(population, {}).get(name) for stage in facts.stages] for name in names
+        }
+    return tables
+
+
+def _temperature_to_show(temperature: float | Sequence[float] | None) -> str | None:
+    if temperature is None:
+        return None
+    return f"{temperature:.3f}" if isinstance(temperature, int | float) else ", ".join(f"{t:.3f}" for t in temperature)
+
+
+def _estimate_to_show(estimate: Any) -> str:
+    if estimate is None:
+        return "-"
+    value, low, high = estimate
+    # Measured once for all galaxies, and so without an interval.
+    return _score_to_show(value) if not math.isfinite(low) else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _score_to_show(value: Any) -> str:

@@ -3,19 +3,45 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
 from zoobot_hf.evaluation.plots import plot_confusion, plot_most_wrong, plot_training_curves
+from zoobot_hf.evaluation.probability_plots import (
+    plot_completeness_and_purity,
+    plot_reliability,
+    plot_roc_and_precision_recall,
+)
+from zoobot_hf.evaluation.selection import Selection
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
 
 from .hub import FIGURES, METRICS, MODEL_CARD
 from .model_card import ModelCardFacts, StageFacts, render_model_card
+
+
+class JudgedLabel(NamedTuple):
+    """A label's probabilities and truth, for the figures.
+
+    Attributes:
+        name: The label's.
+        as_labelled: Its probabilities for the prevalence of the test galaxies, 0-1, (n,).
+        probability: Its probabilities as the model gives them to a survey, 0-1, (n,).
+        has_label: Whether each galaxy has it, (n,).
+        selection: What its threshold selects of them.
+    """
+
+    name: str
+    as_labelled: npt.NDArray[Any]
+    probability: npt.NDArray[Any]
+    has_label: npt.NDArray[Any]
+    selection: Selection
 
 
 def save_model(folder: Path, model: ZoobotForImageClassification, processor: ZoobotImageProcessor) -> None:
@@ -73,6 +99,7 @@ def draw_figures(
     label_names: Sequence[str],
     images: Sequence[Image.Image],
     judged: pd.DataFrame | None,
+    judged_labels: Sequence[JudgedLabel] = (),
 ) -> dict[str, str]:
     """The caption of each figure by its path relative to the folder, after drawing them.
 
@@ -85,6 +112,7 @@ def draw_figures(
         label_names: In the order of the logits.
         images: The test galaxies' images, in the table's order.
         judged: As `plot_most_wrong` takes it; None for problems that have no single true label.
+        judged_labels: The labels whose probabilities are drawn.
     """
     captions = {f"{FIGURES}/training_curves.png": "Loss and scores by epoch; the kept epoch is marked."}
     plot_training_curves(
@@ -95,7 +123,48 @@ def draw_figures(
         plot_confusion(test_metrics["confusion"], label_names, folder / FIGURES / "confusion.png")
         captions[f"{FIGURES}/most_wrong.png"] = "The test galaxies that the model got most wrong, the worst first."
         plot_most_wrong(images, judged, folder / FIGURES / "most_wrong.png")
+    for label in judged_labels:
+        captions |= _draw_probabilities(folder, label, ending=f"_{slug(label.name)}" if len(judged_labels) > 1 else "")
     return captions
+
+
+def _draw_probabilities(folder: Path, label: JudgedLabel, *, ending: str) -> dict[str, str]:
+    reliability, selection, ranking = (
+        f"{FIGURES}/{name}{ending}.png" for name in ("reliability", "completeness_and_purity", "roc")
+    )
+    plot_reliability(
+        label.as_labelled,
+        label.has_label,
+        folder / reliability,
+        label=label.name,
+        population="test galaxies as they are",
+    )
+    share = label.selection.prevalence
+    plot_completeness_and_purity(
+        label.probability,
+        label.has_label,
+        folder / selection,
+        label=label.name,
+        prevalence=share,
+        selection=label.selection,
+    )
+    plot_roc_and_precision_recall(
+        label.probability, label.has_label, folder / ranking, label=label.name, prevalence=share
+    )
+    return {
+        reliability: f"Share of {label.name!r} found at each probability, among the test galaxies as they are.",
+        selection: f"Completeness and purity of galaxies selected as {label.name!r}, where {share:.1%} are.",
+        ranking: f"ROC, and purity against completeness where {share:.1%} are {label.name!r}.",
+    }
+
+
+def slug(name: str) -> str:
+    """A label's name as a part of a file's name.
+
+    Args:
+        name: The label's.
+    """
+    return re.sub(r"[^0-9A-Za-z]+", "_", name).strip("_")
 
 
 def write_json(path: Path, values: Any) -> None:

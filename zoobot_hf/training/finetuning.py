@@ -7,33 +7,31 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
-import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from safetensors.torch import load_model
 from transformers.trainer_utils import get_last_checkpoint
 
-from zoobot_hf.data.balance import Strategy, balance_classes, measure_prevalence
-from zoobot_hf.data.catalog import write_catalog
+from zoobot_hf.data.balance import Strategy, balance_classes
 from zoobot_hf.data.images import check_images
+from zoobot_hf.evaluation.judgement import Judgement, judge, prevalence_of
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
-from zoobot_hf.evaluation.tables import prediction_table
-from zoobot_hf.models.heads import probabilities_from_logits
+from zoobot_hf.evaluation.selection import check_aim
+from zoobot_hf.models.configuration_zoobot import ZoobotConfig
+from zoobot_hf.models.heads import prevalence_shift
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
-from zoobot_hf.publishing.hub import METRICS, MODEL_CARD, PREDICTIONS
-from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, render_model_card
-from zoobot_hf.publishing.run_folder import draw_figures, save_model, write_json
+from zoobot_hf.publishing.hub import METRICS
+from zoobot_hf.publishing.run_folder import write_json
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .machine import tune_memory_allocator
+from .run_report import StageResult, count_labels, test_metrics_of, write_run
 from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, check_labels
 
 logger = logging.getLogger(__name__)
@@ -65,33 +63,6 @@ MACHINE_ARGUMENTS = (
 )
 
 
-@dataclass
-class StageResult:
-    """What one stage of finetuning gave.
-
-    Attributes:
-        name: "frozen" or "unfrozen".
-        history: `TrainerState.log_history`.
-        kept_epoch: The epoch of lowest validation loss, counted from the stage's start; its weights were kept.
-        validation_loss: Of these weights.
-        validation: Metrics of these weights on the validation split.
-        test: Metrics of these weights on the test split.
-        test_logits: (test galaxies, labels), in the order of the test split, before softmax.
-        seconds: How long the stage took.
-        settings: The arguments worth knowing, by name.
-    """
-
-    name: str
-    history: list[dict[str, Any]]
-    kept_epoch: float
-    validation_loss: float
-    validation: dict[str, Any]
-    test: dict[str, Any]
-    test_logits: list[list[float]]
-    seconds: float
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
 class Finetuned(NamedTuple):
     """A finetuned model and how it got there.
 
@@ -100,12 +71,16 @@ class Finetuned(NamedTuple):
         stages: The stages that were run, in order.
         kept_stage: Name of the stage with the lower validation loss.
         output_dir: The folder that is ready for the Hub.
+        test_metrics: By stage, of the test galaxies as they are; of calibrated probabilities for their own prevalence.
+        judgements: By stage, calibration, threshold and scores with intervals; none for a regression.
     """
 
     model: ZoobotForImageClassification
     stages: list[StageResult]
     kept_stage: str
     output_dir: Path
+    test_metrics: dict[str, dict[str, Any]]
+    judgements: dict[str, Judgement]
 
 
 def finetune(
@@ -122,10 +97,16 @@ def finetune(
     overwrite: bool = False,
     dataset_name: str | None = None,
     cuts: Mapping[str, int] | None = None,
+    sky_prevalence: Mapping[str, float] | None = None,
+    decision_aim: str = "f1",
+    decision_at_least: float | None = None,
 ) -> Finetuned:
     """The model after the frozen and the unfrozen stage, and a folder with everything about it.
 
     The unfrozen stage starts from the best weights of the frozen one and is kept only if its validation loss is lower.
+    After that a temperature is fitted to the validation galaxies, a threshold is chosen on them, and the model gives
+    probabilities for the sky's prevalence. What the validation galaxies don't allow is left out, and card and log say
+    so.
     Under `accelerate launch` the processes share the work, and the first one writes.
 
     Args:
@@ -143,6 +124,11 @@ def finetune(
         overwrite: Whether to delete what an earlier run left in this `output_dir`.
         dataset_name: How the model card calls the dataset: a Hub id or a name.
         cuts: How many galaxies each cut removed, for the model card.
+        sky_prevalence: The share of each label in the sky that the predictions are for, by its name, above 0; that of
+            the training split before balancing when absent.
+        decision_aim: What the threshold of the selection is for, at the sky's prevalence: "purity", "completeness" or
+            "f1" (the best there is).
+        decision_at_least: The purity or completeness to be reached, 0-1; not for f1.
 
     Returns:
         The model, the stages' results, and where everything is.
@@ -150,9 +136,12 @@ def finetune(
     Raises:
         FileExistsError: The output folder holds a run, and neither `resume` nor `overwrite` was asked for.
         UnreadableImageError: Some images can't be read.
-        ValueError: The dataset's labels aren't the model's, or the run to resume had other data or arguments.
+        ValueError: The dataset lacks a split, or its labels aren't the model's; a class without a training galaxy; a
+            prevalence or an aim that doesn't fit; or the run to resume had other data or arguments.
     """
     tune_memory_allocator()
+    _check_splits(dataset)
+    check_aim(decision_aim, decision_at_least)
     output_dir = Path(output_dir)
     # Resolved, because "." and ".." have no name that the checkpoints' folder could be called after.
     work_dir = output_dir.resolve().with_name(f"{output_dir.resolve().name}-checkpoints")
@@ -165,8 +154,9 @@ def finetune(
     check_images(concatenate_datasets([split.select_columns(["id_str", "image"]) for split in dataset.values()]))
     _claim_output(output_dir, work_dir, delete_first=overwrite)
     _check_same_run(work_dir, _fingerprint(model, processor, dataset, (frozen, unfrozen), balance))
-    counts = _count_labels(dataset)
-    dataset = _with_prevalence(model, dataset, balance=balance, seed=frozen.seed)
+    counts = count_labels(dataset)
+    model.config.forget_calibration()
+    dataset = _with_prevalence(model, dataset, balance=balance, seed=frozen.seed, sky_prevalence=sky_prevalence)
 
     stages = [_run_stage("frozen", FrozenStageTrainer, model, frozen, processor, dataset, work_dir)]
     if not skip_unfrozen:
@@ -179,11 +169,27 @@ def finetune(
         kept.name,
         ", ".join(f"{stage.name} {stage.validation_loss:.4f}" for stage in stages),
     )
-    finetuned = Finetuned(model, stages, kept.name, output_dir)
+    judgements = _judge(model, stages, dataset, aim=decision_aim, at_least=decision_at_least)
+    if kept.name in judgements:
+        _take_calibration(model, judgements[kept.name])
+    problem_type = model.config.problem_type
+    test_metrics = {s.name: test_metrics_of(problem_type, s, judgements.get(s.name), dataset["test"]) for s in stages}
     if PartialState().is_main_process:
-        _write_output(finetuned, processor, dataset, counts=counts, dataset_name=dataset_name, cuts=cuts or {})
+        write_run(
+            output_dir,
+            model,
+            processor,
+            dataset,
+            stages=stages,
+            judgements=judgements,
+            test_metrics=test_metrics,
+            kept_stage=kept.name,
+            counts=counts,
+            dataset_name=dataset_name,
+            cuts=cuts or {},
+        )
     PartialState().wait_for_everyone()
-    return finetuned
+    return Finetuned(model, stages, kept.name, output_dir, test_metrics, judgements)
 
 
 def _run_stage(
@@ -225,23 +231,69 @@ def _run_stage(
 def _measure(
     name: str, trainer: FrozenStageTrainer | UnfrozenStageTrainer, dataset: DatasetDict, *, seconds: float
 ) -> StageResult:
-    problem_type = trainer.model.config.problem_type
     validation = trainer.predict(dataset["validation"], metric_key_prefix="validation")
     test = trainer.predict(dataset["test"], metric_key_prefix="test")
     arguments = trainer.args
     shown = [name for name in SHOWN_ARGUMENTS if getattr(arguments, name, None) is not None]
-    compute = metrics_for_trainer(problem_type, include_confusion=problem_type != "regression")
     return StageResult(
         name=name,
         history=trainer.state.log_history,
         kept_epoch=_best_epoch(trainer.state.log_history),
         validation_loss=float(validation.metrics["validation_loss"]),
-        validation=compute(validation),
-        test=compute(test),
+        validation_logits=np.asarray(validation.predictions, dtype=np.float64).tolist(),
         test_logits=np.asarray(test.predictions, dtype=np.float64).tolist(),
         seconds=seconds,
         settings={key: getattr(arguments, key) for key in shown},
     )
+
+
+def _judge(
+    model: ZoobotForImageClassification,
+    stages: list[StageResult],
+    dataset: DatasetDict,
+    *,
+    aim: str,
+    at_least: float | None,
+) -> dict[str, Judgement]:
+    """What each stage's head is worth; nothing for a regression."""
+    if model.config.problem_type == "regression":
+        return {}
+    return {
+        stage.name: judge(
+            model.config,
+            validation_logits=stage.validation_logits,
+            validation_labels=dataset["validation"]["label"][:],
+            test_logits=stage.test_logits,
+            test_labels=dataset["test"]["label"][:],
+            aim=aim,
+            at_least=at_least,
+        )
+        for stage in stages
+    }
+
+
+def _take_calibration(model: ZoobotForImageClassification, judgement: Judgement) -> None:
+    for name, value in judgement.fields.items():
+        setattr(model.config, name, value)
+    for remark in judgement.remarks:
+        logger.warning(remark)
+    if judgement.calibration is not None and judgement.calibration.helps:
+        logger.info(
+            "Calibrated on %d validation galaxies: temperature %s, log loss %.4f before and %.4f after.",
+            judgement.calibration.galaxies,
+            model.config.calibration_temperature,
+            judgement.calibration.log_loss_before,
+            judgement.calibration.log_loss_after,
+        )
+
+
+def _check_splits(dataset: DatasetDict) -> None:
+    missing = [name for name in ("train", "validation", "test") if name not in dataset or len(dataset[name]) == 0]
+    if missing:
+        raise ValueError(
+            f"the dataset has no galaxies in {', '.join(missing)}; make the splits with split_dataset. Validation "
+            "galaxies choose between the stages, calibrate and set the threshold; test galaxies measure."
+        )
 
 
 def _check_output(output_dir: Path, work_dir: Path, *, resume: bool, overwrite: bool) -> None:
@@ -311,20 +363,55 @@ def _fingerprint(
 
 
 def _with_prevalence(
-    model: ZoobotForImageClassification, dataset: DatasetDict, *, balance: Strategy | None, seed: int
+    model: ZoobotForImageClassification,
+    dataset: DatasetDict,
+    *,
+    balance: Strategy | None,
+    seed: int,
+    sky_prevalence: Mapping[str, float] | None,
 ) -> DatasetDict:
     """The dataset, its training split balanced where asked for; the prevalences go into the model's configuration."""
-    train = dataset["train"]
-    if not isinstance(train.features["label"], ClassLabel):
-        if balance is not None:
-            raise ValueError(f"balance is {balance!r}, which needs one class for each galaxy; leave it out.")
+    config, train = model.config, dataset["train"]
+    is_single_label = isinstance(train.features["label"], ClassLabel)
+    if balance is not None and not is_single_label:
+        raise ValueError(f"balance is {balance!r}, which needs one class for each galaxy; leave it out.")
+    if config.problem_type == "regression":
+        if sky_prevalence is not None:
+            raise ValueError("sky_prevalence is for classes, and this model's outputs are values; leave it out.")
         return dataset
-    sky_prevalence = model.config.sky_prevalence or measure_prevalence(train)
+    measured = _prevalence_of_split(train, config)
     if balance is not None:
         train = balance_classes(train, seed=seed, strategy=balance).dataset
-    model.config.sky_prevalence = sky_prevalence
-    model.config.training_prevalence = measure_prevalence(train)
+    config.training_prevalence = _prevalence_of_split(train, config)
+    config.sky_prevalence = measured if sky_prevalence is None else _checked_prevalence(sky_prevalence, config)
     return DatasetDict({**dataset, "train": train})
+
+
+def _prevalence_of_split(split: Dataset, config: ZoobotConfig) -> dict[str, float]:
+    labels = np.asarray(split["label"])
+    shares = prevalence_of(labels, config.problem_type, count=config.num_labels)
+    missing = [name for name, share in zip(config.label_names, shares, strict=True) if not 0 < share < 1]
+    if missing:
+        raise ValueError(
+            f"the training split has no galaxy with and one without the label {', '.join(missing)}; add some, or leave "
+            "the label out."
+        )
+    return dict(zip(config.label_names, shares, strict=True))
+
+
+def _checked_prevalence(given: Mapping[str, float], config: ZoobotConfig) -> dict[str, float]:
+    """The shares of all labels; of the labels of which a galaxy has one, the last may be left out."""
+    shares, names = dict(given), config.label_names
+    left_out = [name for name in names if name not in shares]
+    is_single_label = config.problem_type == "single_label_classification"
+    if is_single_label and len(left_out) == 1:
+        shares[left_out[0]] = 1 - sum(shares.values())
+    if set(shares) != set(names):
+        raise ValueError(f"sky_prevalence has shares for {', '.join(given)}; give one for each of {', '.join(names)}.")
+    prevalence_shift(
+        [shares[name] for name in names], [shares[name] for name in names], problem_type=config.problem_type
+    )
+    return {name: float(shares[name]) for name in names}
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
@@ -342,82 +429,3 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
 def _best_epoch(history: list[dict[str, Any]]) -> float:
     evaluations = [record for record in history if "eval_loss" in record]
     return float(min(evaluations, key=lambda record: record["eval_loss"])["epoch"]) if evaluations else 0.0
-
-
-def _count_labels(dataset: DatasetDict) -> dict[str, dict[str, int]]:
-    """Galaxies by split and label; without a class label, by split alone."""
-    counts = {}
-    for name, split in dataset.items():
-        feature = split.features["label"]
-        if isinstance(feature, ClassLabel):
-            numbers = np.bincount(split["label"], minlength=len(feature.names))
-            counts[name] = dict(zip(feature.names, numbers.tolist(), strict=True))
-        else:
-            counts[name] = {"galaxies": len(split)}
-    return counts
-
-
-def _write_output(
-    finetuned: Finetuned,
-    processor: ZoobotImageProcessor,
-    dataset: DatasetDict,
-    *,
-    counts: dict[str, dict[str, int]],
-    dataset_name: str | None,
-    cuts: Mapping[str, int],
-) -> None:
-    """Writes everything but the checkpoints."""
-    folder, config = finetuned.output_dir, finetuned.model.config
-    kept = next(stage for stage in finetuned.stages if stage.name == finetuned.kept_stage)
-    save_model(folder, finetuned.model, processor)
-    table = _test_predictions(finetuned.model, kept, dataset["test"])
-    write_catalog(table, folder / PREDICTIONS)
-    stage_metrics = {stage.name: {**stage.test, "validation_loss": stage.validation_loss} for stage in finetuned.stages}
-    write_json(folder / METRICS, {**stage_metrics, "kept_stage": kept.name})
-    figures = draw_figures(
-        folder,
-        histories={stage.name: stage.history for stage in finetuned.stages},
-        kept_stage=kept.name,
-        kept_epoch=kept.kept_epoch,
-        test_metrics=kept.test,
-        label_names=config.label_names,
-        images=dataset["test"]["image"],
-        judged=table if config.problem_type == "single_label_classification" else None,
-    )
-    facts = ModelCardFacts(
-        model_name=folder.resolve().name,
-        encoder=config.encoder_name or config.encoder_config.model_type,
-        labels=config.label_names,
-        problem_type=config.problem_type,
-        image_size=processor.pixels,
-        stages=[StageFacts(name=s.name, hyperparameters=s.settings, metrics=s.test) for s in finetuned.stages],
-        kept_stage=kept.name,
-        dataset_name=dataset_name,
-        counts=counts,
-        cuts=cuts,
-        training_prevalence=config.training_prevalence or {},
-        sky_prevalence=config.sky_prevalence or {},
-        seeds={stage.name: stage.settings["seed"] for stage in finetuned.stages},
-        versions={name: version(name) for name in ("zoobot-hf", "torch", "transformers", "datasets")},
-        device=str(finetuned.model.device),
-        training_seconds=sum(stage.seconds for stage in finetuned.stages),
-        figures=figures,
-        simulated=dataset_name == "simulated",
-    )
-    (folder / MODEL_CARD).write_text(render_model_card(facts), encoding="utf-8")
-
-
-def _test_predictions(model: ZoobotForImageClassification, stage: StageResult, test: Dataset) -> pd.DataFrame:
-    config = model.config
-    predictions = probabilities_from_logits(torch.tensor(stage.test_logits, dtype=torch.float32), config).numpy()
-    table = prediction_table(
-        test["id_str"][:],
-        predictions,
-        label_names=config.label_names,
-        problem_type=config.problem_type,
-    )
-    if config.problem_type == "single_label_classification":
-        labels = np.asarray(test["label"])
-        table.insert(1, "label", [config.label_names[index] for index in labels])
-        table["probability_of_label"] = predictions[np.arange(len(labels)), labels]
-    return table

@@ -116,6 +116,8 @@ class _StageTrainer(Trainer):
             **kwargs: As in `Trainer`.
         """
         tune_memory_allocator()
+        # What was fitted to the head as it was is wrong for the head as it will be.
+        self.model.config.forget_calibration()
         return super().train(*args, **kwargs)
 
     def compute_loss(

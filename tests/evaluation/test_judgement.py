@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.metrics import log_loss, roc_auc_score
+
+from zoobot_hf import ZoobotConfig
+from zoobot_hf.evaluation.judgement import judge, prevalence_of
+
+TWO = {0: "not ring", 1: "ring"}
+
+
+def config_of(labels=TWO, **fields):
+    return ZoobotConfig(id2label=labels, embedding_size=4, **fields)
+
+
+def draw(count, *, share=0.3, overconfidence=2.5, seed=0):
+    """Logits of a head that is trained at equal shares and too sure of itself, and labels at another share."""
+    generator = np.random.default_rng(seed)
+    labels = (generator.random(count) < share).astype(int)
+    odds = 2 * labels - 1 + generator.normal(0, 1, count)  # of two normal distributions the log odds are 2 x
+    return np.stack([np.zeros(count), overconfidence * 2 * odds], axis=1), labels
+
+
+@pytest.fixture
+def balanced():
+    """A configuration of balanced training and a sky with one ring in twenty."""
+    return config_of(
+        training_prevalence={"not ring": 0.5, "ring": 0.5}, sky_prevalence={"not ring": 0.95, "ring": 0.05}
+    )
+
+
+def judged(config, **options):
+    validation, test = draw(4000, seed=1), draw(4000, seed=2)
+    return judge(
+        config,
+        validation_logits=validation[0],
+        validation_labels=validation[1],
+        test_logits=test[0],
+        test_labels=test[1],
+        **options,
+    )
+
+
+def test_the_temperature_is_found_and_probabilities_are_for_the_sky(balanced):
+    judgement = judged(balanced)
+    temperature = judgement.fields["calibration_temperature"]
+    assert temperature == pytest.approx(2.5, rel=0.1)
+    logits, _ = draw(4000, seed=2)
+    expected = softmax(logits / temperature + np.log([0.95 / 0.5, 0.05 / 0.5]), axis=1)
+    np.testing.assert_allclose(judgement.probabilities, expected, atol=1e-5)
+    assert judgement.fields["predictions_for"] == "sky"
+    assert balanced.predictions_for == "training"  # nothing happens to the configuration itself
+
+
+def test_scores_are_for_the_galaxies_as_they_are_and_for_the_sky(balanced):
+    judgement = judged(balanced)
+    _, labels = draw(4000, seed=2)
+    as_they_are, sky = judgement.scores
+    own = judgement.probabilities_as_labelled
+    assert as_they_are.overall["log_loss"].value == pytest.approx(log_loss(labels, own))
+    assert as_they_are.overall["accuracy"].value == pytest.approx(np.mean(own.argmax(1) == labels))
+    assert as_they_are.labels["ring"]["expected_calibration_error"].value < 0.03
+    weights = np.where(labels == 1, 0.05 / labels.mean(), 0.95 / (1 - labels.mean()))
+    assert sky.overall["log_loss"].value == pytest.approx(
+        log_loss(labels, judgement.probabilities, sample_weight=weights)
+    )
+    assert sky.labels["ring"]["roc_auc"].value == pytest.approx(
+        roc_auc_score(labels, judgement.probabilities[:, 1]), abs=1e-6
+    )
+    assert sky.prevalence == {"not ring": 0.95, "ring": 0.05}
+
+
+def test_the_threshold_is_chosen_for_the_sky_on_validation_and_measured_on_test(balanced):
+    judgement = judged(balanced, aim="completeness", at_least=0.8)
+    selection = judgement.selections["ring"]
+    assert selection.aim == judgement.fields["decision_aim"] == "completeness of at least 0.8"
+    assert judgement.fields["decision_threshold"] == {"ring": selection.threshold}
+    _, labels = draw(4000, seed=2)
+    selected = judgement.probabilities[:, 1] >= selection.threshold
+    assert selection.completeness.value == pytest.approx(selected[labels == 1].mean())
+    rings, others = 0.05 * selected[labels == 1].mean(), 0.95 * selected[labels == 0].mean()
+    assert selection.purity.value == pytest.approx(rings / (rings + others))
+    assert selection.completeness.value == pytest.approx(0.8, abs=0.04)
+
+
+def test_an_aim_that_cannot_be_met_is_a_remark(balanced):
+    logits, labels = draw(400, seed=1)
+    logits[0], labels[0] = [0, 100], 0  # the likeliest ring of all is none
+    galaxies = {"validation_logits": logits, "validation_labels": labels, "test_logits": logits, "test_labels": labels}
+    judgement = judge(balanced, **galaxies, aim="purity", at_least=0.99999)
+    assert judgement.fields["decision_threshold"] is None and judgement.selections == {}
+    assert "No threshold selects 'ring': a purity of 0.99999 can't be reached" in judgement.remarks[0]
+    assert len(judgement.scores) == 2
+
+
+def test_a_class_that_validation_lacks_leaves_the_rest_in_place(balanced):
+    logits, labels = draw(200, seed=2)
+    judgement = judge(
+        balanced,
+        validation_logits=logits[:5],
+        validation_labels=np.zeros(5, int),
+        test_logits=logits,
+        test_labels=labels,
+    )
+    assert judgement.calibration is None
+    assert judgement.fields["calibration_temperature"] is None
+    assert judgement.fields["decision_threshold"] is None
+    assert len(judgement.scores) == 2
+    assert ["The probabilities are not calibrated" in judgement.remarks[0], "No threshold" in judgement.remarks[1]] == [
+        True,
+        True,
+    ]
+
+
+def test_without_a_prevalence_predictions_stay_for_training():
+    judgement = judged(config_of())
+    assert judgement.fields["predictions_for"] == "training"
+    assert [scores.population for scores in judgement.scores] == ["labelled galaxies"]
+
+
+def test_each_of_several_labels_has_a_threshold_where_it_is_known():
+    logits, ring = draw(600, seed=3)
+    labels = np.stack([ring, 1 - ring], axis=1).astype(float)
+    labels[::7, 1] = np.nan
+    outputs = np.stack([logits[:, 1], -logits[:, 1]], axis=1)
+    config = config_of({0: "ring", 1: "no ring"}, problem_type="multi_label_classification")
+    judgement = judge(
+        config, validation_logits=outputs, validation_labels=labels, test_logits=outputs, test_labels=labels
+    )
+    assert set(judgement.fields["decision_threshold"]) == {"ring", "no ring"}
+    known = int(np.isfinite(labels[:, 1]).sum())
+    assert judgement.selections["no ring"].with_label + judgement.selections["no ring"].without_label == known
+
+
+def test_the_share_of_each_label_leaves_out_what_is_not_known():
+    assert prevalence_of([0, 1, 1, 1], "single_label_classification", count=3) == [0.25, 0.75, 0.0]
+    shares = prevalence_of([[0, np.nan], [1, 1]], "multi_label_classification", count=2)
+    assert shares == [0.5, 1.0]

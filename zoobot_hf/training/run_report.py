@@ -1,0 +1,262 @@
+"""What the stages of a run gave, and the folder that is made of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+
+from zoobot_hf.data.catalog import write_catalog
+from zoobot_hf.evaluation.intervals import CONFIDENCE
+from zoobot_hf.evaluation.judgement import Judgement, truth_of_label
+from zoobot_hf.evaluation.metrics import metrics_for
+from zoobot_hf.evaluation.scores import LABELLED_GALAXIES, Scores
+from zoobot_hf.evaluation.selection import Selection
+from zoobot_hf.evaluation.tables import prediction_table
+from zoobot_hf.models.heads import probabilities_from_logits
+from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
+from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.publishing.hub import METRICS, MODEL_CARD, PREDICTIONS
+from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, render_model_card
+from zoobot_hf.publishing.run_folder import JudgedLabel, draw_figures, save_model, write_json
+
+
+@dataclass
+class StageResult:
+    """What one stage of finetuning gave.
+
+    Attributes:
+        name: "frozen" or "unfrozen".
+        history: `TrainerState.log_history`.
+        kept_epoch: The epoch of lowest validation loss, counted from the stage's start; its weights were kept.
+        validation_loss: Of these weights.
+        validation_logits: (validation galaxies, labels), the head's own, before softmax.
+        test_logits: (test galaxies, labels), in the order of the test split, likewise.
+        seconds: How long the stage took.
+        settings: The arguments worth knowing, by name.
+    """
+
+    name: str
+    history: list[dict[str, Any]]
+    kept_epoch: float
+    validation_loss: float
+    validation_logits: list[list[float]]
+    test_logits: list[list[float]]
+    seconds: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def write_run(
+    folder: Path,
+    model: ZoobotForImageClassification,
+    processor: ZoobotImageProcessor,
+    dataset: DatasetDict,
+    *,
+    stages: list[StageResult],
+    judgements: Mapping[str, Judgement],
+    test_metrics: Mapping[str, Mapping[str, Any]],
+    kept_stage: str,
+    counts: Mapping[str, Mapping[str, int]],
+    dataset_name: str | None,
+    cuts: Mapping[str, int],
+) -> None:
+    """Writes model, processor, card, metrics, table of test predictions and figures.
+
+    Args:
+        folder: Made where it isn't there.
+        model: With the kept stage's weights and calibration.
+        processor: Its image processor.
+        dataset: With `test`.
+        stages: What each gave, in their order.
+        judgements: By stage; none for a regression.
+        test_metrics: By stage, from `test_metrics_of`.
+        kept_stage: The stage whose weights these are.
+        counts: Galaxies by split and label, before balancing.
+        dataset_name: As in `finetune`.
+        cuts: As in `finetune`.
+    """
+    config = model.config
+    kept = next(stage for stage in stages if stage.name == kept_stage)
+    judgement = judgements.get(kept_stage)
+    save_model(folder, model, processor)
+    table = _test_predictions(model, kept, dataset["test"], judgement)
+    write_catalog(table, folder / PREDICTIONS)
+    write_json(folder / METRICS, _metrics_file(stages, judgements, test_metrics, kept_stage))
+    figures = draw_figures(
+        folder,
+        histories={stage.name: stage.history for stage in stages},
+        kept_stage=kept.name,
+        kept_epoch=kept.kept_epoch,
+        test_metrics=test_metrics[kept_stage],
+        label_names=config.label_names,
+        images=dataset["test"]["image"],
+        judged=table if config.problem_type == "single_label_classification" else None,
+        judged_labels=_judged_labels(model, judgement, dataset["test"]),
+    )
+    facts = ModelCardFacts(
+        model_name=folder.resolve().name,
+        encoder=config.encoder_name or config.encoder_config.model_type,
+        labels=config.label_names,
+        problem_type=config.problem_type,
+        image_size=processor.pixels,
+        stages=[
+            StageFacts(
+                name=stage.name,
+                hyperparameters=stage.settings,
+                metrics=test_metrics[stage.name],
+                scores=_scores_by_population(judgements.get(stage.name)),
+            )
+            for stage in stages
+        ],
+        kept_stage=kept.name,
+        confidence=CONFIDENCE,
+        temperature=config.calibration_temperature if judgement else None,
+        predictions_for=config.predictions_for if judgement else None,
+        selections={name: _selection_facts(selection) for name, selection in judgement.selections.items()}
+        if judgement
+        else {},
+        remarks=judgement.remarks if judgement else (),
+        dataset_name=dataset_name,
+        counts=counts,
+        cuts=cuts,
+        training_prevalence=config.training_prevalence or {},
+        sky_prevalence=config.sky_prevalence or {},
+        seeds={stage.name: stage.settings["seed"] for stage in stages},
+        versions={name: version(name) for name in ("zoobot-hf", "torch", "transformers", "datasets")},
+        device=str(model.device),
+        training_seconds=sum(stage.seconds for stage in stages),
+        figures=figures,
+        simulated=dataset_name == "simulated",
+    )
+    (folder / MODEL_CARD).write_text(render_model_card(facts), encoding="utf-8")
+
+
+def test_metrics_of(
+    problem_type: str, stage: StageResult, judgement: Judgement | None, test: Dataset
+) -> dict[str, Any]:
+    """The metrics of a stage on the test galaxies as they are, from calibrated probabilities or a regression's values.
+
+    Args:
+        problem_type: As in `ZoobotConfig`.
+        stage: What the stage gave.
+        judgement: Of this stage; None for a regression.
+        test: The test split.
+    """
+    predictions = np.asarray(stage.test_logits) if judgement is None else judgement.probabilities_as_labelled
+    metrics = metrics_for(problem_type, include_confusion=judgement is not None)
+    results: dict[str, Any] = metrics.compute(predictions=predictions, references=np.asarray(test["label"]))
+    return results
+
+
+def _metrics_file(
+    stages: list[StageResult],
+    judgements: Mapping[str, Judgement],
+    test_metrics: Mapping[str, Mapping[str, Any]],
+    kept_stage: str,
+) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        stage.name: {**test_metrics[stage.name], "validation_loss": stage.validation_loss} for stage in stages
+    }
+    for name, judgement in judgements.items():
+        values[name] |= {
+            "scores": [scores.to_dict() for scores in judgement.scores],
+            "calibration": judgement.calibration and vars(judgement.calibration),
+            "selections": {label: selection.to_dict() for label, selection in judgement.selections.items()},
+            "remarks": judgement.remarks,
+        }
+    return {**values, "kept_stage": kept_stage}
+
+
+def _scores_by_population(judgement: Judgement | None) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """A table of scores for each population and label, by a heading in words."""
+    tables: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for scores in _different_populations(judgement.scores) if judgement else ():
+        place = "test galaxies as they are" if scores.population == LABELLED_GALAXIES else "expected in the sky"
+        for label, own in scores.labels.items():
+            table = {**scores.overall, **own}
+            tables[f"{place}, where {scores.prevalence[label]:.1%} are {label}"] = {
+                name: (value, low, high) for name, (value, low, high) in table.items()
+            }
+    return tables
+
+
+def _different_populations(scores: list[Scores]) -> list[Scores]:
+    """The scores as labelled, and those in the sky where its shares are noticeably others."""
+    first, rest = scores[:1], scores[1:]
+    return first + [
+        own
+        for own in rest
+        if any(abs(own.prevalence[name] - scores[0].prevalence[name]) > 0.01 for name in own.prevalence)
+    ]
+
+
+def _selection_facts(selection: Selection) -> dict[str, Any]:
+    return {
+        "aim": selection.aim,
+        "threshold": selection.threshold,
+        "prevalence": selection.prevalence,
+        **{name: tuple(getattr(selection, name)) for name in ("completeness", "purity", "f1")},
+    }
+
+
+def _judged_labels(
+    model: ZoobotForImageClassification, judgement: Judgement | None, test: Dataset
+) -> list[JudgedLabel]:
+    """What the figures about a label's probabilities need, for each label that has a threshold."""
+    config = model.config
+    labels, judged = np.asarray(test["label"]), []
+    for name, selection in judgement.selections.items() if judgement else ():
+        number = config.label_names.index(name)
+        known, has_label = truth_of_label(labels, number, config.problem_type)
+        assert judgement is not None
+        judged.append(
+            JudgedLabel(
+                name,
+                judgement.probabilities_as_labelled[known, number],
+                judgement.probabilities[known, number],
+                has_label,
+                selection,
+            )
+        )
+    return judged
+
+
+def _test_predictions(
+    model: ZoobotForImageClassification, stage: StageResult, test: Dataset, judgement: Judgement | None
+) -> pd.DataFrame:
+    config = model.config
+    if judgement is None:
+        logits = torch.tensor(stage.test_logits, dtype=torch.float32)
+        predictions = probabilities_from_logits(logits, config).numpy()
+    else:
+        predictions = judgement.probabilities
+    table = prediction_table(
+        test["id_str"][:], predictions, label_names=config.label_names, problem_type=config.problem_type
+    )
+    if config.problem_type == "single_label_classification":
+        labels = np.asarray(test["label"])
+        table.insert(1, "label", [config.label_names[index] for index in labels])
+        table["probability_of_label"] = predictions[np.arange(len(labels)), labels]
+    return table
+
+
+def count_labels(dataset: DatasetDict) -> dict[str, dict[str, int]]:
+    """Galaxies by split and label; without a class label, by split alone.
+
+    Args:
+        dataset: Splits with `label`.
+    """
+    counts = {}
+    for name, split in dataset.items():
+        feature = split.features["label"]
+        if isinstance(feature, ClassLabel):
+            numbers = np.bincount(split["label"], minlength=len(feature.names))
+            counts[name] = dict(zip(feature.names, numbers.tolist(), strict=True))
+        else:
+            counts[name] = {"galaxies": len(split)}
+    return counts
