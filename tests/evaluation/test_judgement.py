@@ -88,7 +88,8 @@ def test_an_aim_that_cannot_be_met_is_a_remark(balanced):
     logits[0], labels[0] = [0, 100], 0  # the likeliest ring of all is none
     galaxies = {"validation_logits": logits, "validation_labels": labels, "test_logits": logits, "test_labels": labels}
     judgement = judge(balanced, **galaxies, aim="purity", at_least=0.99999)
-    assert judgement.fields["decision_threshold"] is None and judgement.selections == {}
+    assert judgement.fields["decision_threshold"] is None
+    assert judgement.selections == {}
     assert "No threshold selects 'ring': a purity of 0.99999 can't be reached" in judgement.remarks[0]
     assert len(judgement.scores) == 2
 
