@@ -12,7 +12,6 @@ from typing import Any, NoReturn, get_args
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from huggingface_hub import get_token
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import set_seed
@@ -21,13 +20,14 @@ from .data.balance import Strategy
 from .data.catalog import check_catalog_can_be_written, find_catalog, read_galaxies, write_catalog
 from .data.dataset import load_galaxy_dataset, split_dataset
 from .data.rings import load_rings
+from .evaluation.selection import AIMS
 from .models.configuration_zoobot import HEAD_TYPES, ZoobotConfig, small_encoder_config
 from .models.conversion import DEFAULT_ZOOM, NORMALIZATIONS, image_processor_for, local_copy, read_configuration
 from .models.export import FORMATS, export_to_onnx, export_to_transformers
 from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_zoobot import ZoobotForImageClassification
 from .prediction.survey import predict_galaxies
-from .publishing.hub import TOKEN_ADVICE, HubPushError, push_folder
+from .publishing.hub import check_push, push_folder
 from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
 from .training.embedding_cache import cache_folder, clear_cache, list_cache
 from .training.finetuning import Finetuned, finetune
@@ -115,6 +115,14 @@ def _number(
     return read
 
 
+def _share(text: str) -> tuple[str, float]:
+    label, _, share = text.rpartition("=")
+    try:
+        return label, float(share)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; give a label and its share, as in ring=0.05") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="zoobot-hf", description="Finetune a galaxy encoder, publish it, predict a survey.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -167,6 +175,25 @@ def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
             default=0.2,
             help=f"share of the galaxies in the {split} split, unless the dataset has one (default: %(default)s)",
         )
+    tune.add_argument(
+        "--sky_prevalence",
+        nargs="+",
+        type=_share,
+        metavar="LABEL=SHARE",
+        help="share of each label in the sky that predictions are for; one may be left out, and is the rest "
+        "(default: that of the training split before balancing)",
+    )
+    tune.add_argument(
+        "--decision_aim",
+        choices=AIMS,
+        default="f1",
+        help="what the threshold for selecting galaxies is for (default: %(default)s, the best there is)",
+    )
+    tune.add_argument(
+        "--decision_at_least",
+        type=_number(float, above=0, at_most=1),
+        help="the purity or completeness to be reached in the sky",
+    )
     tune.add_argument("--balance", choices=get_args(Strategy), help="balance the classes of the training split")
     tune.add_argument(
         "--zoom",
@@ -265,8 +292,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     _check_device(options.device)
-    if options.push_to_hub and get_token() is None:
-        raise HubPushError(f"No token for the Hub to push with: {TOKEN_ADVICE}.")
+    if options.push_to_hub:
+        check_push(options.push_to_hub)
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
     dataset = split_dataset(_load(options), seed=options.seed, **fractions)
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
@@ -292,6 +319,9 @@ def _finetune(options: argparse.Namespace) -> int:
         resume=options.resume,
         overwrite=options.overwrite,
         dataset_name=Path(options.dataset).name if Path(options.dataset).exists() else options.dataset,
+        sky_prevalence=dict(options.sky_prevalence) if options.sky_prevalence else None,
+        decision_aim=options.decision_aim,
+        decision_at_least=options.decision_at_least,
     )
     if PartialState().is_main_process:
         _report(finetuned)

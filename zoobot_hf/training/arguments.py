@@ -5,6 +5,20 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+# What the model card says of a stage.
+SHOWN_ARGUMENTS = (
+    "learning_rate",
+    "weight_decay",
+    "layer_decay",
+    "last_blocks",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "augment",
+    "views",
+    "seed",
+)
 
 
 @dataclass
@@ -12,7 +26,7 @@ class _StageArguments(TrainingArguments):
     """What both stages share.
 
     Changed defaults: evaluates, saves and logs once an epoch; keeps the checkpoint of lowest validation loss and the
-    last one, and ends with the former; leaves the dataset's columns alone.
+    last one, and ends with the former; leaves the dataset's columns alone; pushes to the Hub at the end alone.
     """
 
     augment: bool = field(default=True, metadata={"help": "Turn, mirror, zoom and shift the training images."})
@@ -38,6 +52,7 @@ class _StageArguments(TrainingArguments):
     save_total_limit: int = field(default=1, metadata={"help": "Checkpoints kept beside the best."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model doesn't take."})
     report_to: str | list[str] = field(default="none", metadata={"help": "Trackers that Trainer knows."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push: only at the end, in one commit."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Go on counting towards early stopping after a resume."}
     )
@@ -47,12 +62,20 @@ class _StageArguments(TrainingArguments):
         """Whether the encoder runs once and its embeddings are kept."""
         return False
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The arguments that a reader of the model card wants to know, by name."""
+        values = {name: getattr(self, name, None) for name in SHOWN_ARGUMENTS}
+        return {name: value for name, value in values.items() if value is not None}
+
     def __post_init__(self) -> None:
         # Left alone, several processes on a machine without an accelerator would not find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         # Pinning needs a device to copy to; without one PyTorch warns at every start of a loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+        if self.hub_strategy != HubStrategy.END:
+            raise ValueError(f"hub_strategy is {self.hub_strategy!s}; a stage is pushed in one commit: choose 'end'.")
         if not 0 <= self.zoom_range < 1:
             raise ValueError(f"zoom_range is {self.zoom_range}; give at least 0 and less than 1.")
         if not 0 <= self.max_shift < 1:

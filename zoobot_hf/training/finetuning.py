@@ -38,18 +38,6 @@ logger = logging.getLogger(__name__)
 
 BEST_FOLDER = "best"
 RUN_FILE = "run.json"
-# What the model card says of a stage.
-SHOWN_ARGUMENTS = (
-    "learning_rate",
-    "weight_decay",
-    "layer_decay",
-    "last_blocks",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "augment",
-    "views",
-    "seed",
-)
 # Arguments that say where and how a run works, not what comes out of it.
 MACHINE_ARGUMENTS = (
     "output_dir",
@@ -233,8 +221,6 @@ def _measure(
 ) -> StageResult:
     validation = trainer.predict(dataset["validation"], metric_key_prefix="validation")
     test = trainer.predict(dataset["test"], metric_key_prefix="test")
-    arguments = trainer.args
-    shown = [name for name in SHOWN_ARGUMENTS if getattr(arguments, name, None) is not None]
     return StageResult(
         name=name,
         history=trainer.state.log_history,
@@ -243,7 +229,7 @@ def _measure(
         validation_logits=np.asarray(validation.predictions, dtype=np.float64).tolist(),
         test_logits=np.asarray(test.predictions, dtype=np.float64).tolist(),
         seconds=seconds,
-        settings={key: getattr(arguments, key) for key in shown},
+        settings=trainer.args.shown,
     )
 
 

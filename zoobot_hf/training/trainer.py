@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from transformers.trainer_utils import TrainOutput
 from zoobot_hf.data.images import DECODING_THREADS, open_image
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.publishing.hub import push_folder
+from zoobot_hf.publishing.model_card import StageFacts
+from zoobot_hf.publishing.run_folder import save_stage
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .augmentation import augment_galaxies, margin_of_turns
@@ -87,6 +91,7 @@ class _StageTrainer(Trainer):
     """What both stages share: galaxies in, turned and mirrored in training; early stopping."""
 
     args: FrozenStageArguments | UnfrozenStageArguments
+    stage_name: str
 
     def __init__(
         self,
@@ -119,6 +124,53 @@ class _StageTrainer(Trainer):
         # What was fitted to the head as it was is wrong for the head as it will be.
         self.model.config.forget_calibration()
         return super().train(*args, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        include_code: bool = False,
+    ) -> str:
+        """The URL of the model's repository, after one commit with model, processor, card and scores.
+
+        The repository is `args.hub_model_id`, or has the name of `args.output_dir`, where the files lie afterwards.
+
+        Args:
+            commit_message: As in `push_folder`.
+            token: As in `push_folder`; that of the arguments when absent.
+            revision: As in `push_folder`; that of the arguments when absent.
+            private: As in `push_folder`; that of the arguments when absent.
+            create_pr: As in `push_folder`.
+            include_code: As in `push_folder`.
+
+        Returns:
+            The URL; empty in all processes but the first, which alone pushes.
+
+        Raises:
+            HubPushError: As in `push_folder`.
+        """
+        url = ""
+        if self.is_world_process_zero():
+            arguments, folder = self.args, Path(self.args.output_dir)
+            stage = StageFacts(name=self.stage_name, hyperparameters=arguments.shown)
+            model = self.accelerator.unwrap_model(self.model)
+            save_stage(folder, model, self.processing_class, stage=stage, history=self.state.log_history)
+            url = push_folder(
+                folder,
+                arguments.hub_model_id or folder.resolve().name,
+                private=arguments.hub_private_repo if private is None else private,
+                revision=revision or arguments.hub_revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                include_code=include_code,
+                token=token or arguments.hub_token,
+            )
+        self.accelerator.wait_for_everyone()
+        return url
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
@@ -164,6 +216,7 @@ class FrozenStageTrainer(_StageTrainer):
     """
 
     args: FrozenStageArguments
+    stage_name = "frozen"
     optimizer: torch.optim.Optimizer | None
     train_dataset: Any
 
@@ -292,6 +345,7 @@ class UnfrozenStageTrainer(_StageTrainer):
     """
 
     args: UnfrozenStageArguments
+    stage_name = "unfrozen"
     optimizer: torch.optim.Optimizer | None
 
     def __init__(self, model: ZoobotForImageClassification, args: UnfrozenStageArguments, **kwargs: Any) -> None:
