@@ -36,6 +36,7 @@ def test_the_package_imports_nothing_heavy():
         "import zoobot_hf; from transformers import pipeline",
         "import zoobot_hf; from transformers import Trainer",
         "from transformers import AutoConfig; import zoobot_hf",
+        "from zoobot_hf import ZoobotConfig",
     ],
 )
 def test_the_auto_classes_know_the_model_whatever_is_imported_first(imports):

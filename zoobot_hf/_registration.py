@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"
+WATCHED = ("transformers", __name__.split(".")[0])
 
 
 def register_when_imported() -> None:
@@ -41,10 +42,9 @@ def _register() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Watches the imports of transformers' modules, and registers after the one that brought the Auto classes.
+    """Watches the imports of transformers' modules and ours, and registers after the one that brought the Auto classes.
 
-    These modules import one another, and half of one is of no use to our classes. So it is the outermost import that
-    has to end first.
+    These modules import one another, and half of one is of no use. So it is the outermost import that has to end first.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class _AfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.split(".")[0] != "transformers":
+        if fullname.split(".")[0] not in WATCHED:
             return None
         # The ordinary finders, which don't include this one.
         others = [finder for finder in sys.meta_path if finder is not self]
