@@ -29,6 +29,7 @@ from .models.modeling_zoobot import ZoobotForImageClassification
 from .prediction.survey import predict_galaxies
 from .publishing.hub import TOKEN_ADVICE, HubPushError, push_folder
 from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
+from .training.cross_validation import CrossValidation, cross_validate, write_cross_validation
 from .training.embedding_cache import cache_folder, clear_cache, list_cache
 from .training.finetuning import Finetuned, finetune
 from .training.label_efficiency import NUMBERS, SEEDS, measure_label_curve, write_label_curve
@@ -167,6 +168,12 @@ def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
             help=f"share of the galaxies in the {split} split, unless the dataset has one (default: %(default)s)",
         )
     tune.add_argument("--balance", choices=get_args(Strategy), help="balance the classes of the training split")
+    tune.add_argument(
+        "--folds",
+        type=_number(int, 2),
+        help="judge every galaxy by a model that was not trained on it, in this many folds, before the finetuning; the "
+        "tables go to a folder beside output_dir",
+    )
     _add_training_options(tune)
     tune.set_defaults(command=_finetune)
 
@@ -292,7 +299,8 @@ def _finetune(options: argparse.Namespace) -> int:
     if options.push_to_hub and get_token() is None:
         raise HubPushError(f"No token for the Hub to push with: {TOKEN_ADVICE}.")
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
-    dataset = split_dataset(_load(options), seed=options.seed, **fractions)
+    galaxies = _load(options)
+    dataset = split_dataset(galaxies, seed=options.seed, **fractions)
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
     set_seed(options.seed)  # the new head's weights
     model = ZoobotForImageClassification.from_pretrained(
@@ -304,6 +312,8 @@ def _finetune(options: argparse.Namespace) -> int:
     if options.unfrozen_epochs is not None:
         unfrozen.num_train_epochs = options.unfrozen_epochs
     unfrozen.last_blocks = options.last_blocks
+    if options.folds is not None:
+        _cross_validate(options, model, processor, galaxies, frozen, unfrozen)
     finetuned = finetune(
         model,
         processor,
@@ -322,6 +332,41 @@ def _finetune(options: argparse.Namespace) -> int:
         if options.push_to_hub:
             print(f"pushed to {push_folder(finetuned.output_dir, options.push_to_hub)}")
     return 0
+
+
+def _cross_validate(
+    options: argparse.Namespace,
+    model: ZoobotForImageClassification,
+    processor: ZoobotImageProcessor,
+    galaxies: Dataset | DatasetDict,
+    frozen: FrozenStageArguments,
+    unfrozen: UnfrozenStageArguments,
+) -> None:
+    result = cross_validate(
+        model,
+        processor,
+        galaxies,
+        folds=options.folds,
+        frozen=frozen,
+        unfrozen=unfrozen,
+        skip_unfrozen=options.unfrozen_epochs == 0,
+        balance=options.balance,
+        seed=options.seed,
+    )
+    folder = options.output_dir.resolve().with_name(f"{options.output_dir.resolve().name}-folds")
+    paths = write_cross_validation(result, galaxies, folder)
+    _report_folds(result)
+    print("\n" + "\n".join(map(str, paths)))
+
+
+def _report_folds(result: CrossValidation) -> None:
+    names = ("roc_auc", "log_loss", "expected_calibration_error")
+    print(f"\nout of fold, {len(result.table)} galaxies: value and {result.scores.confidence:.0%} interval")
+    print("{:40}{:8.3f}  {:.3f} to {:.3f}".format("accuracy", *result.accuracy))
+    for label, scores in result.scores.labels.items():
+        for name in names:
+            print("{:40}{:8.3f}  {:.3f} to {:.3f}".format(f"{name.replace('_', ' ')} of {label}", *scores[name]))
+    print(f"{int(result.doubtful['is_doubtful'].sum())} labels are doubtful")
 
 
 def _curve(options: argparse.Namespace) -> int:

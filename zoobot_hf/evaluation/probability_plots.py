@@ -72,7 +72,7 @@ def plot_reliability(
     lower.hist(given, edges, color="0.8", label="all")
     lower.hist(given[truth], edges, histtype="step", color="black", linewidth=0.9, label=label)
     lower.set_yscale("symlog", linthresh=1)
-    lower.set_ylim(bottom=0)
+    lower.set_ylim(0, 15 * max(np.histogram(given, edges)[0].max(), 1))  # room for the legend
     lower.set_ylabel("Galaxies", fontsize=FONT_SIZE)
     lower.set_xlabel(f"Probability of {label}", fontsize=FONT_SIZE)
     lower.legend(fontsize=SMALL_FONT_SIZE, frameon=False, ncols=2)
