@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 from zoobot_hf import FrozenStageArguments, UnfrozenStageArguments
 from zoobot_hf.evaluation.calibration import fit_calibration, probabilities_at_prevalence
+from zoobot_hf.evaluation.scores import score_probabilities
 from zoobot_hf.training import cross_validation
 from zoobot_hf.training.cross_validation import cross_validate, write_cross_validation
 
@@ -23,12 +25,14 @@ def galaxies(galaxy_images, galaxy_labels):
 
 
 @pytest.fixture
-def validate(layer_norm_model, processor, galaxies, tmp_path):
+def validate(layer_norm_model, processor, galaxies, tmp_path, monkeypatch):
+    monkeypatch.setattr(cross_validation, "score_probabilities", partial(score_probabilities, draws=50))
+
     def run(**changes):
         frozen = FrozenStageArguments(
-            num_train_epochs=2, use_cpu=True, disable_tqdm=True, embedding_cache_dir=str(tmp_path / "cache")
+            num_train_epochs=1, use_cpu=True, disable_tqdm=True, embedding_cache_dir=str(tmp_path / "cache")
         )
-        settings = {"dataset": galaxies, "folds": 4, "frozen": frozen, "skip_unfrozen": True, **changes}
+        settings = {"dataset": galaxies, "folds": 2, "frozen": frozen, "skip_unfrozen": True, **changes}
         return cross_validate(layer_norm_model, processor, **settings)
 
     return run
@@ -52,14 +56,14 @@ def remembered(monkeypatch):
 def test_every_galaxy_is_predicted_once_by_a_model_that_did_not_see_it(validate, remembered, galaxies):
     result = validate()
     assert result.table["id_str"].tolist() == galaxies["id_str"][:]
-    assert result.table["fold"].value_counts().tolist() == [10] * 4
+    assert result.table["fold"].value_counts().tolist() == [20] * 2
     for fold, (splits, _, _) in enumerate(remembered):
         names = {name: set(split["id_str"]) for name, split in splits.items()}
         assert names["test"] == set(result.table.loc[result.table["fold"] == fold, "id_str"])
         assert not names["train"] & names["test"]
         assert not names["validation"] & (names["train"] | names["test"])
         assert len(names["train"] | names["validation"] | names["test"]) == 40
-        assert len(splits["validation"]) == 6
+        assert len(splits["validation"]) == 4
         assert set(splits["validation"]["label"]) == {0, 1}
 
 
@@ -111,9 +115,11 @@ def test_each_fold_has_a_new_head(validate, remembered, layer_norm_model):
 
 
 def test_the_unfrozen_stage_of_a_fold_is_kept_where_its_validation_loss_is_lower(validate, remembered):
-    unfrozen = UnfrozenStageArguments(num_train_epochs=1, use_cpu=True, disable_tqdm=True)
-    result = validate(folds=3, skip_unfrozen=False, unfrozen=unfrozen)
-    assert result.folds["stage"].tolist() == ["frozen", "unfrozen"] * 3
+    unfrozen = UnfrozenStageArguments(
+        num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True
+    )
+    result = validate(skip_unfrozen=False, unfrozen=unfrozen)
+    assert result.folds["stage"].tolist() == ["frozen", "unfrozen"] * 2
     for fold, rows in result.folds.groupby("fold"):
         assert rows["is_kept"].sum() == 1
         assert rows.loc[rows["is_kept"], "validation_loss"].item() == rows["validation_loss"].min()
@@ -177,27 +183,34 @@ def test_tables_scores_and_figures_are_written(validate, galaxies, tmp_path):
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "out_of_fold.parquet"), result.table)
     facts = json.loads((tmp_path / "out" / "out_of_fold.json").read_text())
     assert facts["accuracy"]["value"] == pytest.approx(result.accuracy.value)
-    assert len(facts["folds"]) == 4
+    assert len(facts["folds"]) == 2
     audit = pd.read_csv(tmp_path / "out" / "label_audit.csv", dtype={"id_str": str})
     assert audit["id_str"].tolist() == result.doubtful["id_str"].tolist()
 
 
-def test_the_sheet_shows_the_likeliest_wrong_labels_first(validate, galaxies, tmp_path, monkeypatch):
-    result = validate()
-    sheets = []
-    monkeypatch.setattr(cross_validation, "plot_galaxy_sheet", lambda images, titles, path: sheets.append(titles))
-    cross_validation.plot_doubtful_labels(result.doubtful, galaxies, tmp_path / "sheet.png", count=3)
-    first = result.doubtful.iloc[0]
-    assert len(sheets[0]) == 3
-    expected = (
-        f"1. {first['id_str']}\nlabel: {first['label']}\nP({first['label']}) = {first['probability_of_label']:.3f}"
+def test_the_sheet_shows_the_likeliest_wrong_labels_first(galaxies, tmp_path, monkeypatch):
+    probability = np.where(np.arange(40) % 2 == 1, 0.8, 0.2)
+    probability[[7, 8]] = [0.03, 0.9]
+    doubtful = cross_validation.find_doubtful_labels(
+        galaxies["id_str"][:],
+        np.stack([1 - probability, probability], axis=1),
+        galaxies["label"][:],
+        label_names=["not ring", "ring"],
     )
-    assert sheets[0][0] == expected
+    sheets = []
+    monkeypatch.setattr(cross_validation, "plot_galaxy_sheet", lambda *given: sheets.append(given))
+    cross_validation.plot_doubtful_labels(doubtful, galaxies, tmp_path / "sheet.png", count=2)
+    ((images, titles, _),) = sheets
+    assert titles == [
+        "1. galaxy_07\nlabel: ring\nP(ring) = 0.030",
+        "2. galaxy_08\nlabel: not ring\nP(not ring) = 0.100",
+    ]
+    assert np.array_equal(np.asarray(images[0]), np.asarray(galaxies[7]["image"]))
 
 
 def test_too_few_galaxies_for_the_folds_are_refused(validate, galaxies):
     few = galaxies.select([*range(0, 40, 2), 1, 3, 5])
     with pytest.raises(ValueError, match="class 'ring' has 3 galaxies, fewer than the 4 folds"):
-        validate(dataset=few)
+        validate(dataset=few, folds=4)
     with pytest.raises(ValueError, match="class 'ring' has 2 galaxies, fewer than the 3 folds"):
         validate(dataset=few.select(range(22)), folds=2)
