@@ -193,6 +193,46 @@ def test_the_unfrozen_stage_is_left_out_at_no_epochs(galaxy_folder, encoder_fold
     assert set(metrics) == {"frozen", "kept_stage"}
 
 
+def test_folds_judge_every_galaxy_before_the_finetuning(galaxy_folder, encoder_folder, tmp_path, zoobot_hf):
+    options = finetune_options(galaxy_folder, encoder_folder, tmp_path / "out", unfrozen_epochs=0, folds=2)
+    outcome = zoobot_hf(*options)
+    assert outcome.status == 0
+    assert re.search(
+        r"out of fold, 40 galaxies: value and 90% interval\naccuracy +\d\.\d{3}  \d\.\d{3} to", outcome.output
+    )
+    table = pd.read_parquet(tmp_path / "out-folds" / "out_of_fold.parquet")
+    assert sorted(table["id_str"]) == sorted(read_catalog(galaxy_folder / "catalog.csv")["id_str"])
+    assert (tmp_path / "out-folds" / "label_audit.png").is_file()
+    assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+def test_more_folds_than_galaxies_of_a_class_are_refused(galaxy_folder, encoder_folder, tmp_path, refused):
+    options = finetune_options(galaxy_folder, encoder_folder, tmp_path / "out", folds=21)
+    assert "has 20 galaxies, fewer than the 21 folds; choose fewer folds" in refused(*options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_curve_is_printed_and_written(galaxy_folder, encoder_folder, tmp_path, zoobot_hf):
+    options = {"encoder": encoder_folder, "dataset": galaxy_folder, "label_column": "ring", "device": "cpu"}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    outcome = zoobot_hf(
+        "curve", *arguments, "--output_dir", tmp_path / "curve", "--numbers", 2, 4, 8, 16, "--seeds", 3,
+        "--skip_untrained",
+    )  # fmt: skip
+    assert outcome.status == 0
+    assert re.search(r"mean over 3 seeds, by labelled galaxies of each class\nlabels +2 +4 +8 +16\n", outcome.output)
+    assert "of accuracy" in outcome.output
+    assert {path.name for path in (tmp_path / "curve").iterdir()} == {
+        f"label_curve{end}" for end in (".csv", "_runs.csv", ".json", ".png", ".pdf")
+    }
+
+
+def test_more_labels_than_there_are_refused(galaxy_folder, encoder_folder, tmp_path, refused):
+    options = ["--encoder", encoder_folder, "--dataset", galaxy_folder, "--label_column", "ring"]
+    line = refused("curve", *options, "--output_dir", tmp_path / "curve", "--numbers", 50)
+    assert "numbers start at 50, and outside the test set there are 16 galaxies" in line
+
+
 def test_other_labels_give_a_finetuned_model_a_new_head(galaxy_folder, model_folder, tmp_path, zoobot_hf, caplog):
     caplog.set_level("INFO")
     edit_catalog(galaxy_folder, lambda table: table.assign(shape=["arc", "bar", "clump", "disk"] * 10))

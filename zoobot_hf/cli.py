@@ -29,8 +29,10 @@ from .models.modeling_zoobot import ZoobotForImageClassification
 from .prediction.survey import predict_galaxies
 from .publishing.hub import check_push, push_folder
 from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
+from .training.cross_validation import CrossValidation, cross_validate, write_cross_validation
 from .training.embedding_cache import cache_folder, clear_cache, list_cache
 from .training.finetuning import Finetuned, finetune
+from .training.label_efficiency import NUMBERS, SEEDS, measure_label_curve, write_label_curve
 
 DEMO_GALAXIES = 1500
 DRAWN_PIXELS = 128
@@ -130,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo_options(demo)
     tune = _add_command(commands, "finetune", help="train a new head on an encoder, then both")
     _add_finetune_options(tune)
+    curve = _add_command(commands, "curve", help="measure how many labels are enough")
+    _add_curve_options(curve)
     predict = _add_command(commands, "predict", help="write a table of predictions for a catalog or a folder of images")
     _add_predict_options(predict)
     cache = _add_command(commands, "cache", help="list the embeddings that are kept on disk, or delete them")
@@ -140,13 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_push_options(push)
     export = _add_command(commands, "export", help="turn a finetuned model into plain transformers or ONNX")
     _add_export_options(export)
-    for command in (demo, tune):
+    for command in (demo, tune, curve):
         command.add_argument(
             "--seed", type=_number(int, 0, at_most=LARGEST_SEED), default=42, help="(default: %(default)s)"
         )
-    for command in (demo, tune, predict):
+    for command in (demo, tune, curve, predict):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    for command in (demo, tune, predict, push, export):
+    for command in (demo, tune, curve, predict, push, export):
         command.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
 
@@ -162,12 +166,8 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
 
 
 def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
-    tune.add_argument("--encoder", required=True, help="folder or Hub id of an encoder or a finetuned model")
-    tune.add_argument("--dataset", required=True, help="catalog, folder, Hub id, or 'simulated' for drawn rings")
+    _add_encoder_and_dataset(tune)
     tune.add_argument("--output_dir", required=True, type=Path, help="where model, card, table and figures go")
-    tune.add_argument("--label_column", default="label", help="column with the labels (default: %(default)s)")
-    tune.add_argument("--configuration", help="configuration of a Hub dataset")
-    tune.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
     for split in ("validation", "test"):
         tune.add_argument(
             f"--{split}_fraction",
@@ -196,11 +196,27 @@ def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
     )
     tune.add_argument("--balance", choices=get_args(Strategy), help="balance the classes of the training split")
     tune.add_argument(
+        "--folds",
+        type=_number(int, 2),
+        help="judge every galaxy by a model that was not trained on it, in this many folds, before the finetuning; the "
+        "tables go to a folder beside output_dir",
+    )
+    _add_training_options(tune)
+    tune.set_defaults(command=_finetune)
+
+
+def _add_encoder_and_dataset(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--encoder", required=True, help="folder or Hub id of an encoder or a finetuned model")
+    command.add_argument("--dataset", required=True, help="catalog, folder, Hub id, or 'simulated' for drawn rings")
+    command.add_argument("--label_column", default="label", help="column with the labels (default: %(default)s)")
+    command.add_argument("--configuration", help="configuration of a Hub dataset")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
+    command.add_argument(
         "--zoom",
         type=_number(float, 1),
         help=f"magnify the centre of each image by this (default: {DEFAULT_ZOOM}, or the finetuned model's own)",
     )
-    tune.add_argument(
+    command.add_argument(
         "--normalization",
         choices=NORMALIZATIONS,
         default="auto",
@@ -208,8 +224,23 @@ def _add_finetune_options(tune: argparse.ArgumentParser) -> None:
         "RGB in 0-1, as Galaxy Zoo's encoders take it; 'auto' is 'none' for encoders in timm's layout and 'encoder' "
         "for others that state them (default: %(default)s)",
     )
-    _add_training_options(tune)
-    tune.set_defaults(command=_finetune)
+
+
+def _add_curve_options(curve: argparse.ArgumentParser) -> None:
+    _add_encoder_and_dataset(curve)
+    curve.add_argument("--output_dir", required=True, type=Path, help="where the tables and the figure go")
+    curve.add_argument(
+        "--numbers",
+        nargs="+",
+        type=_number(int, 2),
+        default=list(NUMBERS),
+        help="labelled galaxies of each class (default: %(default)s)",
+    )
+    curve.add_argument(
+        "--seeds", type=_number(int, 2), default=SEEDS, help="draws of labelled galaxies (default: %(default)s)"
+    )
+    curve.add_argument("--skip_untrained", action="store_true", help="leave out the encoder with random weights")
+    curve.set_defaults(command=_curve)
 
 
 def _add_training_options(tune: argparse.ArgumentParser) -> None:
@@ -295,7 +326,8 @@ def _finetune(options: argparse.Namespace) -> int:
     if options.push_to_hub:
         check_push(options.push_to_hub)
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
-    dataset = split_dataset(_load(options), seed=options.seed, **fractions)
+    galaxies = _load(options)
+    dataset = split_dataset(galaxies, seed=options.seed, **fractions)
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
     set_seed(options.seed)  # the new head's weights
     model = ZoobotForImageClassification.from_pretrained(
@@ -307,6 +339,8 @@ def _finetune(options: argparse.Namespace) -> int:
     if options.unfrozen_epochs is not None:
         unfrozen.num_train_epochs = options.unfrozen_epochs
     unfrozen.last_blocks = options.last_blocks
+    if options.folds is not None:
+        _cross_validate(options, model, processor, galaxies, frozen, unfrozen)
     finetuned = finetune(
         model,
         processor,
@@ -327,6 +361,67 @@ def _finetune(options: argparse.Namespace) -> int:
         _report(finetuned)
         if options.push_to_hub:
             print(f"pushed to {push_folder(finetuned.output_dir, options.push_to_hub)}")
+    return 0
+
+
+def _cross_validate(
+    options: argparse.Namespace,
+    model: ZoobotForImageClassification,
+    processor: ZoobotImageProcessor,
+    galaxies: Dataset | DatasetDict,
+    frozen: FrozenStageArguments,
+    unfrozen: UnfrozenStageArguments,
+) -> None:
+    result = cross_validate(
+        model,
+        processor,
+        galaxies,
+        folds=options.folds,
+        frozen=frozen,
+        unfrozen=unfrozen,
+        skip_unfrozen=options.unfrozen_epochs == 0,
+        balance=options.balance,
+        seed=options.seed,
+    )
+    folder = options.output_dir.resolve().with_name(f"{options.output_dir.resolve().name}-folds")
+    paths = write_cross_validation(result, galaxies, folder)
+    _report_folds(result)
+    print("\n" + "\n".join(map(str, paths)))
+
+
+def _report_folds(result: CrossValidation) -> None:
+    names = ("roc_auc", "log_loss", "expected_calibration_error")
+    print(f"\nout of fold, {len(result.table)} galaxies: value and {result.scores.confidence:.0%} interval")
+    print("{:40}{:8.3f}  {:.3f} to {:.3f}".format("accuracy", *result.accuracy))
+    for label, scores in result.scores.labels.items():
+        for name in names:
+            print("{:40}{:8.3f}  {:.3f} to {:.3f}".format(f"{name.replace('_', ' ')} of {label}", *scores[name]))
+    print(f"{int(result.doubtful['is_doubtful'].sum())} labels are doubtful")
+
+
+def _curve(options: argparse.Namespace) -> int:
+    device = _check_device(options.device)
+    dataset = _load(options)
+    features = (next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset).features
+    processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
+    model = ZoobotForImageClassification.from_pretrained(options.encoder, label_names=features["label"].names)
+    curve = measure_label_curve(
+        model.to(device),
+        processor,
+        dataset,
+        numbers=options.numbers,
+        seeds=options.seeds,
+        with_untrained=not options.skip_untrained,
+        seed=options.seed,
+    )
+    paths = write_label_curve(curve, options.output_dir)
+    wide = curve.table.pivot_table(index=["score", "series"], columns="labels", values="value", sort=False)
+    print(
+        f"\nmean over {options.seeds} seeds, by labelled galaxies of each class\n{wide.to_string(float_format='%.3f')}"
+    )
+    if curve.extrapolation is not None:
+        print(f"\n{curve.extrapolation.describe()}")
+    print("\n" + "\n".join(map(str, paths)))
     return 0
 
 

@@ -5,6 +5,7 @@ import sklearn.metrics
 from PIL import Image
 
 from zoobot_hf.evaluation import plots, probability_plots
+from zoobot_hf.evaluation.power_law import extrapolate
 from zoobot_hf.evaluation.reliability import reliability_table
 from zoobot_hf.evaluation.selection import choose_threshold, completeness_by_column
 
@@ -111,6 +112,25 @@ def test_label_curves_have_a_line_for_each_series(drawn, tmp_path):
         probability_plots.plot_label_curve(table, tmp_path / "curve.png", order=["Two"])
     with pytest.raises(ValueError, match="table lacks value, low; it needs series, labels, value, low and high"):
         probability_plots.plot_label_curve(table.drop(columns=["value", "low"]), tmp_path / "curve.png")
+
+
+def test_label_curves_of_several_scores_stand_below_each_other_with_the_law(drawn, tmp_path):
+    numbers, generator = np.array([5, 10, 20, 40]), np.random.default_rng(0)
+    rows = [(s, score, k, 0.6, 0.5, 0.7) for s in ("One", "Two") for score in ("accuracy", "log_loss") for k in numbers]
+    table = pd.DataFrame(rows, columns=["series", "score", "labels", "value", "low", "high"])
+    errors = 0.05 + 0.9 * numbers**-0.5 + generator.normal(scale=0.005, size=(10, 4))
+    law = extrapolate(numbers, errors, classes=2)
+    scores = {"accuracy": "Accuracy", "log_loss": "Log loss"}
+    probability_plots.plot_label_curves(table, tmp_path / "curves.png", scores=scores, extrapolation=law)
+    upper, lower = drawn[0].axes
+    assert (upper.get_ylabel(), lower.get_ylabel()) == ("Accuracy", "Log loss")
+    assert points_of(upper.lines[-1])[-1] == pytest.approx([40, 1 - law.law(40)])
+    assert upper.get_title("left").replace("\n", " ").startswith("About ")
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["One", "Two", "Power law"]
+    check_files(tmp_path / "curves.png")
+    with pytest.raises(ValueError, match="scores name 'f1'; the table has accuracy, log_loss"):
+        probability_plots.plot_label_curves(table, tmp_path / "curves.png", scores={"f1": "F1"})
 
 
 def test_a_table_without_rows_is_refused(tmp_path):

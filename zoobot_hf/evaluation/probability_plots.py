@@ -4,8 +4,9 @@ Each is written twice, as a PNG at 200 dpi and as a PDF beside it, at the width 
 in grey: lines differ in style and marker. Intervals are those of the tables, 90% unless these were made with another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 from .intervals import class_weights_for
 from .plots import COLUMN_WIDTH, FONT_SIZE, SMALL_FONT_SIZE, save_figure
+from .power_law import Extrapolation
 from .reliability import BINS, reliability_table
 from .selection import Selection, selection_curve
 
@@ -70,7 +72,7 @@ def plot_reliability(
     lower.hist(given, edges, color="0.8", label="all")
     lower.hist(given[truth], edges, histtype="step", color="black", linewidth=0.9, label=label)
     lower.set_yscale("symlog", linthresh=1)
-    lower.set_ylim(bottom=0)
+    lower.set_ylim(0, 15 * max(np.histogram(given, edges)[0].max(), 1))  # room for the legend
     lower.set_ylabel("Galaxies", fontsize=FONT_SIZE)
     lower.set_xlabel(f"Probability of {label}", fontsize=FONT_SIZE)
     lower.legend(fontsize=SMALL_FONT_SIZE, frameon=False, ncols=2)
@@ -253,12 +255,60 @@ def plot_label_curve(
     Raises:
         ValueError: The table lacks a column, or a series.
     """
-    missing = [name for name in ("series", "labels", "value", "low", "high") if name not in table]
-    if missing or len(table) == 0:
-        raise ValueError(f"table lacks {', '.join(missing) or 'rows'}; it needs series, labels, value, low and high.")
+    _check_label_curve(table, ("series", "labels", "value", "low", "high"))
     names = list(table["series"].unique()) if order is None else list(order)
     figure = Figure(figsize=(COLUMN_WIDTH, 2.7), layout="constrained")
     panel = figure.subplots()
+    _draw_label_curves(panel, table, names)
+    panel.set_xlabel("Labelled galaxies of each class", fontsize=FONT_SIZE)
+    panel.set_ylabel(score, fontsize=FONT_SIZE)
+    panel.legend(fontsize=SMALL_FONT_SIZE, frameon=False)
+    _save(figure, [panel], path)
+
+
+def plot_label_curves(
+    table: pd.DataFrame, path: str | Path, *, scores: Mapping[str, str], extrapolation: Extrapolation | None = None
+) -> None:
+    """Draw several scores against the number of labelled galaxies of each class, one below the other.
+
+    Args:
+        table: As in `plot_label_curve`, with `score`, the name of the score of each row.
+        path: Where the PNG is written, a PDF beside it; the folder is made.
+        scores: For each score to draw its name on the axis, from the top down.
+        extrapolation: Of 1 - the first score: its law is drawn, and what it says stands above; none when absent.
+
+    Raises:
+        ValueError: The table lacks a column, or a score.
+    """
+    _check_label_curve(table, ("series", "score", "labels", "value", "low", "high"))
+    unknown = [score for score in scores if score not in set(table["score"])]
+    if unknown:
+        raise ValueError(f"scores name {unknown[0]!r}; the table has {', '.join(map(str, table['score'].unique()))}.")
+    figure = Figure(figsize=(COLUMN_WIDTH, 1.9 * len(scores) + 0.7), layout="constrained")
+    panels = figure.subplots(len(scores), 1, sharex=True, squeeze=False).ravel().tolist()
+    for panel, (score, name) in zip(panels, scores.items(), strict=True):
+        _draw_label_curves(panel, table[table["score"] == score], list(table["series"].unique()))
+        panel.set_ylabel(name, fontsize=FONT_SIZE)
+    handles, names = panels[0].get_legend_handles_labels()
+    if extrapolation is not None:
+        numbers = np.geomspace(table["labels"].min(), table["labels"].max(), 100)
+        handles += panels[0].plot(numbers, 1 - extrapolation.law(numbers), color="0.7", linewidth=0.8, zorder=0)
+        names.append("Power law")
+        sentence = fill(extrapolation.describe(next(iter(scores.values())).lower()), 58)
+        panels[0].set_title(sentence[0].upper() + sentence[1:], fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
+    figure.legend(handles, names, fontsize=SMALL_FONT_SIZE, frameon=False, ncols=2, loc="outside upper center")
+    panels[-1].set_xlabel("Labelled galaxies of each class", fontsize=FONT_SIZE)
+    _save(figure, panels, path)
+
+
+def _check_label_curve(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in table]
+    if missing or len(table) == 0:
+        *first, last = columns
+        raise ValueError(f"table lacks {', '.join(missing) or 'rows'}; it needs {', '.join(first)} and {last}.")
+
+
+def _draw_label_curves(panel: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     for number, name in enumerate(names):
         points = table[table["series"] == name].sort_values("labels")
         if len(points) == 0:
@@ -285,10 +335,6 @@ def plot_label_curve(
     panel.set_xscale("log")
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
-    panel.set_xlabel("Labelled galaxies of each class", fontsize=FONT_SIZE)
-    panel.set_ylabel(score, fontsize=FONT_SIZE)
-    panel.legend(fontsize=SMALL_FONT_SIZE, frameon=False)
-    _save(figure, [panel], path)
 
 
 def _save(figure: Figure, panels: Sequence[Axes], path: str | Path) -> None:

@@ -1,0 +1,216 @@
+import json
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PilImage
+from scipy.special import softmax
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+
+from zoobot_hf import FrozenStageArguments, UnfrozenStageArguments
+from zoobot_hf.evaluation.calibration import fit_calibration, probabilities_at_prevalence
+from zoobot_hf.evaluation.scores import score_probabilities
+from zoobot_hf.training import cross_validation
+from zoobot_hf.training.cross_validation import cross_validate, write_cross_validation
+
+
+@pytest.fixture
+def galaxies(galaxy_images, galaxy_labels):
+    features = Features({"id_str": Value("string"), "image": Image(), "label": ClassLabel(names=["not ring", "ring"])})
+    columns = {"id_str": [f"galaxy_{index:02d}" for index in range(40)], "image": galaxy_images, "label": galaxy_labels}
+    return Dataset.from_dict(columns, features=features)
+
+
+@pytest.fixture
+def validate(layer_norm_model, processor, galaxies, tmp_path, monkeypatch):
+    monkeypatch.setattr(cross_validation, "score_probabilities", partial(score_probabilities, draws=50))
+
+    def run(**changes):
+        frozen = FrozenStageArguments(
+            num_train_epochs=1, use_cpu=True, disable_tqdm=True, embedding_cache_dir=str(tmp_path / "cache")
+        )
+        settings = {"dataset": galaxies, "folds": 2, "frozen": frozen, "skip_unfrozen": True, **changes}
+        return cross_validate(layer_norm_model, processor, **settings)
+
+    return run
+
+
+@pytest.fixture
+def remembered(monkeypatch):
+    """What each fold was trained and tested with, and what its stages said."""
+    folds = []
+    train = cross_validation._train
+
+    def train_and_remember(model, processor, splits, *arguments):
+        stages = train(model, processor, splits, *arguments)
+        folds.append((splits, stages, model))
+        return stages
+
+    monkeypatch.setattr(cross_validation, "_train", train_and_remember)
+    return folds
+
+
+def test_every_galaxy_is_predicted_once_by_a_model_that_did_not_see_it(validate, remembered, galaxies):
+    result = validate()
+    assert result.table["id_str"].tolist() == galaxies["id_str"][:]
+    assert result.table["fold"].value_counts().tolist() == [20] * 2
+    for fold, (splits, _, _) in enumerate(remembered):
+        names = {name: set(split["id_str"]) for name, split in splits.items()}
+        assert names["test"] == set(result.table.loc[result.table["fold"] == fold, "id_str"])
+        assert not names["train"] & names["test"]
+        assert not names["validation"] & (names["train"] | names["test"])
+        assert len(names["train"] | names["validation"] | names["test"]) == 40
+        assert len(splits["validation"]) == 4
+        assert set(splits["validation"]["label"]) == {0, 1}
+
+
+def test_the_calibration_of_a_fold_comes_from_its_own_validation_split(validate, remembered):
+    result = validate()
+    for fold, (splits, (stage,), _) in enumerate(remembered):
+        shares = np.bincount(splits["train"]["label"]) / len(splits["train"])
+        calibration = fit_calibration(
+            stage.validation_logits, splits["validation"]["label"][:], training_prevalence=shares
+        )
+        expected = softmax(calibration.apply(stage.test_logits), axis=1)
+        expected = probabilities_at_prevalence(expected, assumed_prevalence=shares, prevalence=[0.5, 0.5])
+        rows = result.table[result.table["fold"] == fold].set_index("id_str").loc[splits["test"]["id_str"][:]]
+        assert rows["probability_ring"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
+        assert result.temperatures[fold] == calibration.temperature[0]
+
+
+def test_the_scores_are_scikit_learns(validate):
+    result = validate()
+    truth, probability = result.table["label"] == "ring", result.table["probability_ring"].astype(float)
+    scores = result.scores.labels["ring"]
+    assert result.accuracy.value == pytest.approx(accuracy_score(truth, probability > 0.5))
+    assert scores["roc_auc"].value == pytest.approx(roc_auc_score(truth, probability))
+    assert scores["log_loss"].value == pytest.approx(log_loss(truth, probability), abs=1e-6)
+    assert result.accuracy.low <= result.accuracy.value <= result.accuracy.high
+    assert result.sky_scores is None
+    own = [accuracy_score(part["label"], part["predicted_label"]) for _, part in result.table.groupby("fold")]
+    assert result.folds["accuracy"].mean() == pytest.approx(np.mean(own), abs=0.11)  # folds are before calibration
+
+
+def test_the_encoder_runs_once_for_all_folds_and_the_model_is_not_changed(validate, layer_norm_model, monkeypatch):
+    before = {name: value.clone() for name, value in layer_norm_model.state_dict().items()}
+    calls = []
+    store = cross_validation.store_embeddings
+    monkeypatch.setattr(
+        cross_validation, "store_embeddings", lambda *args, **kwargs: (calls.append(1), store(*args, **kwargs))[1]
+    )
+    monkeypatch.setattr("zoobot_hf.training.trainer.store_embeddings", lambda *a, **k: pytest.fail("ran again"))
+    validate()
+    assert len(calls) == 2  # plain, and the augmented views
+    assert all(torch.equal(value, before[name]) for name, value in layer_norm_model.state_dict().items())
+
+
+def test_each_fold_has_a_new_head(validate, remembered, layer_norm_model):
+    validate(frozen=FrozenStageArguments(num_train_epochs=1, learning_rate=1e-9, use_cpu=True, disable_tqdm=True))
+    first, second = (model.head[-1].weight for _, _, model in remembered[:2])
+    assert not torch.allclose(first, second, atol=1e-4)
+    assert not torch.allclose(first, layer_norm_model.head[-1].weight, atol=1e-4)
+
+
+def test_the_unfrozen_stage_of_a_fold_is_kept_where_its_validation_loss_is_lower(validate, remembered):
+    unfrozen = UnfrozenStageArguments(
+        num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True
+    )
+    result = validate(skip_unfrozen=False, unfrozen=unfrozen)
+    assert result.folds["stage"].tolist() == ["frozen", "unfrozen"] * 2
+    for fold, rows in result.folds.groupby("fold"):
+        assert rows["is_kept"].sum() == 1
+        assert rows.loc[rows["is_kept"], "validation_loss"].item() == rows["validation_loss"].min()
+        stages = remembered[fold][1]
+        assert not np.allclose(stages[0].test_logits, stages[1].test_logits)
+
+
+def test_predictions_are_for_the_sky_and_scores_say_which_population(validate, layer_norm_model):
+    layer_norm_model.config.sky_prevalence = {"not ring": 0.95, "ring": 0.05}
+    result = validate()
+    assert result.table["probability_ring"].mean() < 0.2
+    assert result.scores.prevalence["ring"] == 0.5
+    assert result.sky_scores.prevalence["ring"] == 0.05
+    back = probabilities_at_prevalence(
+        result.table[["probability_not_ring", "probability_ring"]].to_numpy(dtype=float),
+        assumed_prevalence=[0.95, 0.05],
+        prevalence=[0.5, 0.5],
+    )
+    truth = (result.table["label"] == "ring").to_numpy()
+    assert result.scores.labels["ring"]["log_loss"].value == pytest.approx(log_loss(truth, back), abs=1e-5)
+
+
+def test_near_duplicates_stay_in_one_fold(validate, galaxies, galaxy_images, caplog):
+    twin = np.asarray(galaxy_images[0]).copy()
+    twin[0, 0] += 1
+    row = Dataset.from_dict({"id_str": ["twin"], "image": [PilImage.fromarray(twin)], "label": [0]}, galaxies.features)
+    joined = DatasetDict(train=galaxies, test=row)
+    result = validate(dataset=joined)
+    folds = result.table.set_index("id_str")["fold"]
+    assert folds["twin"] == folds["galaxy_00"]
+    assert ("galaxy_00", "twin") in set(
+        zip(result.duplicates["id_str"], result.duplicates["other_id_str"], strict=True)
+    )
+    assert not result.duplicates["leaks"].any()
+    assert "near-duplicates and stay in one fold" in caplog.text
+
+
+def test_balanced_folds_have_the_labels_own_prevalence_again(validate, galaxies, remembered):
+    few = galaxies.select([row for row in range(40) if row % 2 == 0 or row < 16])  # 20 without and 8 with a ring
+    result = validate(dataset=few, balance="oversample")
+    for splits, _, _ in remembered:
+        assert len(set(np.bincount(splits["train"]["label"]))) == 1
+    assert len(result.table) == 28
+    assert result.scores.prevalence["ring"] == pytest.approx(8 / 28)
+
+
+def test_tables_scores_and_figures_are_written(validate, galaxies, tmp_path):
+    result = validate()
+    paths = write_cross_validation(result, galaxies, tmp_path / "out")
+    assert {path.name for path in paths} == {
+        "out_of_fold.parquet",
+        "out_of_fold.json",
+        "label_audit.csv",
+        "label_audit.png",
+        "near_duplicates.csv",
+        "reliability.png",
+        "reliability.pdf",
+        "roc.png",
+        "roc.pdf",
+    }
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "out_of_fold.parquet"), result.table)
+    facts = json.loads((tmp_path / "out" / "out_of_fold.json").read_text())
+    assert facts["accuracy"]["value"] == pytest.approx(result.accuracy.value)
+    assert len(facts["folds"]) == 2
+    audit = pd.read_csv(tmp_path / "out" / "label_audit.csv", dtype={"id_str": str})
+    assert audit["id_str"].tolist() == result.doubtful["id_str"].tolist()
+
+
+def test_the_sheet_shows_the_likeliest_wrong_labels_first(galaxies, tmp_path, monkeypatch):
+    probability = np.where(np.arange(40) % 2 == 1, 0.8, 0.2)
+    probability[[7, 8]] = [0.03, 0.9]
+    doubtful = cross_validation.find_doubtful_labels(
+        galaxies["id_str"][:],
+        np.stack([1 - probability, probability], axis=1),
+        galaxies["label"][:],
+        label_names=["not ring", "ring"],
+    )
+    sheets = []
+    monkeypatch.setattr(cross_validation, "plot_galaxy_sheet", lambda *given: sheets.append(given))
+    cross_validation.plot_doubtful_labels(doubtful, galaxies, tmp_path / "sheet.png", count=2)
+    ((images, titles, _),) = sheets
+    assert titles == [
+        "1. galaxy_07\nlabel: ring\nP(ring) = 0.030",
+        "2. galaxy_08\nlabel: not ring\nP(not ring) = 0.100",
+    ]
+    assert np.array_equal(np.asarray(images[0]), np.asarray(galaxies[7]["image"]))
+
+
+def test_too_few_galaxies_for_the_folds_are_refused(validate, galaxies):
+    few = galaxies.select([*range(0, 40, 2), 1, 3, 5])
+    with pytest.raises(ValueError, match="class 'ring' has 3 galaxies, fewer than the 4 folds"):
+        validate(dataset=few, folds=4)
+    with pytest.raises(ValueError, match="class 'ring' has 2 galaxies, fewer than the 3 folds"):
+        validate(dataset=few.select(range(22)), folds=2)

@@ -1,0 +1,440 @@
+"""Out-of-fold predictions: every galaxy judged by a model that was not trained on it.
+
+Of a few hundred galaxies a test split has a few dozen, whose scores are noise. Here each fold is the test set once; a
+part of the others is its validation split, which chooses epoch and stage and to which the calibration is fitted, and
+the rest is trained on. The encoder runs once over all galaxies, for the frozen stage of every fold.
+"""
+
+import copy
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from scipy.special import softmax
+from transformers import EvalPrediction, set_seed
+
+from zoobot_hf.data.balance import Strategy, balance_classes, measure_prevalence
+from zoobot_hf.data.catalog import write_catalog
+from zoobot_hf.evaluation.calibration import Calibration, fit_calibration, probabilities_at_prevalence
+from zoobot_hf.evaluation.intervals import Estimate, bootstrap_estimates
+from zoobot_hf.evaluation.label_audit import find_doubtful_labels, find_near_duplicates
+from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for_trainer
+from zoobot_hf.evaluation.plots import plot_galaxy_sheet
+from zoobot_hf.evaluation.probability_plots import plot_reliability, plot_roc_and_precision_recall
+from zoobot_hf.evaluation.scores import Scores, score_probabilities
+from zoobot_hf.evaluation.tables import prediction_table
+from zoobot_hf.models.heads import build_head, effective_training_prevalence
+from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
+from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.publishing.run_folder import write_json
+
+from .arguments import FrozenStageArguments, UnfrozenStageArguments
+from .embedding_cache import Stored, StoredEmbeddings, Views, store_embeddings
+from .folds import assign_folds, check_classes, group_near_duplicates
+from .machine import tune_memory_allocator
+from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, check_labels
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_SHARE = 5  # a fifth of what is not the test fold
+AUDITED = 24  # labels on the sheet
+OUT_OF_FOLD = "out_of_fold.parquet"
+
+Integers = npt.NDArray[np.integer[Any]]
+Floats = npt.NDArray[np.floating[Any]]
+
+
+class CrossValidation(NamedTuple):
+    """What models say of galaxies that they were not trained on.
+
+    Attributes:
+        table: A row for each galaxy, in the order of the dataset: `id_str`, `label`, `predicted_label`, a
+            `probability_...` for each label (calibrated, for the sky's prevalence), `probability_of_label` and `fold`.
+        accuracy: Of these galaxies as they are, with its interval.
+        scores: Of the same, for their own prevalence.
+        sky_scores: Expected in the sky; None where its prevalence is that of these galaxies.
+        folds: A row for each fold and stage: `fold`, `stage`, `is_kept`, `test_galaxies`, `accuracy`, `roc_auc` and
+            `log_loss` before calibration, `validation_loss` and `seconds`.
+        temperatures: Of the calibration of each fold.
+        doubtful: From `find_doubtful_labels`, at the training prevalence.
+        duplicates: From `find_near_duplicates`, with the folds as splits.
+    """
+
+    table: pd.DataFrame
+    accuracy: Estimate
+    scores: Scores
+    sky_scores: Scores | None
+    folds: pd.DataFrame
+    temperatures: list[float]
+    doubtful: pd.DataFrame
+    duplicates: pd.DataFrame
+
+
+class _Shared(NamedTuple):
+    """The embeddings of all galaxies: plain, and of the views that the frozen stage trains on."""
+
+    rows: dict[str, int]
+    plain: Stored
+    seen: Stored
+
+    def of(self, dataset: Dataset, *, views: Views | None) -> StoredEmbeddings:
+        """Those of some of the galaxies, with their labels."""
+        stored = self.plain if views is None else self.seen
+        rows = torch.tensor([self.rows[identifier] for identifier in dataset["id_str"][:]])
+        return StoredEmbeddings(
+            Stored(stored.values, stored.rows[rows], stored.key),
+            torch.as_tensor(dataset["label"][:]),
+        )
+
+
+class _SharedEmbeddingsTrainer(FrozenStageTrainer):
+    """The frozen stage on embeddings that all folds share."""
+
+    shared: _Shared
+
+    def _embeddings(self, dataset: Dataset, *, views: Views | None = None) -> StoredEmbeddings:
+        return self.shared.of(dataset, views=views)
+
+
+class _Stage(NamedTuple):
+    """A stage's head's own logits, before any calibration."""
+
+    name: str
+    validation_loss: float
+    validation_logits: Floats
+    test_logits: Floats
+    seconds: float
+
+
+def cross_validate(
+    model: ZoobotForImageClassification,
+    processor: ZoobotImageProcessor,
+    dataset: Dataset | DatasetDict,
+    *,
+    folds: int = 5,
+    frozen: FrozenStageArguments | None = None,
+    unfrozen: UnfrozenStageArguments | None = None,
+    skip_unfrozen: bool = False,
+    balance: Strategy | None = None,
+    seed: int = 42,
+) -> CrossValidation:
+    """Calibrated out-of-fold predictions of every galaxy, their scores with intervals, and an audit of the labels.
+
+    Each fold starts from the model's encoder and a new head. An encoder that was already finetuned on these galaxies
+    makes every fold look better than it is. The intervals are for these galaxies drawn again, and not for other draws
+    of the galaxies that were trained on.
+
+    Args:
+        model: From `from_pretrained`, with the dataset's labels; it is not changed.
+        processor: The image processor that suits the encoder.
+        dataset: With `id_str`, `image` and `label`; splits are joined. Near-duplicates stay in one fold.
+        folds: How many.
+        frozen: Arguments of the frozen stage; their `output_dir` is not used.
+        unfrozen: Arguments of the unfrozen stage; likewise.
+        skip_unfrozen: Whether to end each fold after the frozen stage.
+        balance: Whether and how to balance the classes of each fold's training split.
+        seed: Decides the folds and the new heads.
+
+    Raises:
+        ValueError: No `ClassLabel`, a class with fewer galaxies than folds (or than three), a galaxy that is there
+            twice, or labels that aren't the model's.
+    """
+    tune_memory_allocator()
+    galaxies = _join(dataset)
+    check_labels(galaxies, model)
+    labels = check_classes(galaxies, folds=folds)
+    check_classes(galaxies, folds=3)  # one each to train on, to validate with and to test
+    frozen, unfrozen = frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
+    shared = _embed(model, processor, galaxies, frozen)
+    fold_of, duplicates, groups = _find_folds(galaxies, labels, shared, folds=folds, seed=seed)
+    probabilities = np.empty((len(galaxies), len(model.config.label_names)))
+    at_sky, rows, temperatures = np.empty_like(probabilities), [], []
+    sky = _prevalence(model.config.sky_prevalence or measure_prevalence(galaxies), model)
+    for fold in range(folds):
+        set_seed(seed + fold)
+        splits = _split(galaxies, labels, fold_of, groups, fold=fold, seed=seed, balance=balance)
+        fold_model = _new_model(model, splits["train"])
+        stages = _train(fold_model, processor, splits, shared, frozen, None if skip_unfrozen else unfrozen)
+        kept = min(stages, key=lambda stage: stage.validation_loss)
+        trained_at = effective_training_prevalence(fold_model.config)
+        calibration = fit_calibration(
+            kept.validation_logits, splits["validation"]["label"][:], training_prevalence=trained_at
+        )
+        test = np.flatnonzero(fold_of == fold)
+        probabilities[test] = softmax(calibration.apply(kept.test_logits), axis=1)
+        at_sky[test] = probabilities_at_prevalence(probabilities[test], assumed_prevalence=trained_at, prevalence=sky)
+        temperatures.append(calibration.temperature[0])
+        rows += [_row(fold, stage, labels[test], is_kept=stage is kept) for stage in stages]
+        _report(fold, folds, rows[-1], calibration)
+    table = _table(galaxies, labels, at_sky, fold_of, model)
+    return _judge(table, at_sky, probabilities, labels, sky, model, pd.DataFrame(rows), temperatures, duplicates)
+
+
+def write_cross_validation(
+    result: CrossValidation, dataset: Dataset | DatasetDict, output_dir: str | Path
+) -> list[Path]:
+    """The files that were written: tables, scores, and figures.
+
+    Args:
+        result: From `cross_validate`.
+        dataset: What it was given, for the pictures.
+        output_dir: Made where it isn't there; gets `out_of_fold.parquet`, `out_of_fold.json` (scores),
+            `label_audit.csv`, `near_duplicates.csv`, and the figures `label_audit.png` (the 24 likeliest wrong labels),
+            `reliability.png` and `roc.png`.
+    """
+    folder, galaxies = Path(output_dir), _join(dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_catalog(result.table, folder / OUT_OF_FOLD)
+    write_catalog(result.doubtful, folder / "label_audit.csv")
+    write_catalog(result.duplicates, folder / "near_duplicates.csv")
+    facts = {
+        "accuracy": result.accuracy._asdict(),
+        "scores": result.scores.to_dict(),
+        "sky_scores": result.sky_scores and result.sky_scores.to_dict(),
+        "temperatures": result.temperatures,
+        "folds": result.folds.to_dict("records"),
+    }
+    write_json(folder / "out_of_fold.json", facts)
+    plot_doubtful_labels(result.doubtful, galaxies, folder / "label_audit.png")
+    names = galaxies.features["label"].names
+    columns = [name for name in result.table.columns if name.startswith("probability_")][: len(names)]
+    for name, column in list(zip(names, columns, strict=True))[-1 if len(names) == 2 else 0 :]:
+        has_label, end = result.table["label"] == name, "" if len(names) == 2 else column.removeprefix("probability")
+        given = (result.table[column], has_label)
+        plot_reliability(*given, folder / f"reliability{end}.png", label=name, population="Out of fold")
+        plot_roc_and_precision_recall(*given, folder / f"roc{end}.png", label=name)
+    return sorted(folder.iterdir())
+
+
+def plot_doubtful_labels(doubtful: pd.DataFrame, galaxies: Dataset, path: str | Path, *, count: int = AUDITED) -> None:
+    """Draw the galaxies whose labels are most likely wrong, the likeliest first.
+
+    Args:
+        doubtful: From `find_doubtful_labels`.
+        galaxies: With `id_str` and `image`; only the images that are drawn are read.
+        path: Where the PNG is written; its folder is made.
+        count: How many galaxies are drawn at most.
+    """
+    rows = {identifier: row for row, identifier in enumerate(galaxies["id_str"][:])}
+    first = doubtful.head(count).to_dict("records")
+    titles = [
+        f"{number}. {galaxy['id_str']}\nlabel: {galaxy['label']}\nP({galaxy['label']}) = "
+        f"{galaxy['probability_of_label']:.3f}"
+        for number, galaxy in enumerate(first, start=1)
+    ]
+    plot_galaxy_sheet([galaxies[rows[galaxy["id_str"]]]["image"] for galaxy in first], titles, path)
+
+
+def _join(dataset: Dataset | DatasetDict) -> Dataset:
+    return concatenate_datasets(list(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
+
+
+def _prevalence(shares: dict[str, float], model: ZoobotForImageClassification) -> list[float]:
+    return [shares[name] for name in model.config.label_names]
+
+
+def _embed(
+    model: ZoobotForImageClassification,
+    processor: ZoobotImageProcessor,
+    galaxies: Dataset,
+    arguments: FrozenStageArguments,
+) -> _Shared:
+    views = Views(
+        arguments.views,
+        seed=arguments.seed,
+        zoom_range=arguments.zoom_range,
+        max_shift=arguments.max_shift,
+    )
+    model.to(arguments.device)
+    plain, seen = (
+        store_embeddings(
+            model,
+            galaxies,
+            processor,
+            views=each,
+            dtype=arguments.embedding_dtype,
+            cache_dir=arguments.embedding_cache_dir,
+            torch_compile=arguments.torch_compile,
+        )
+        for each in (None, views if arguments.augment else None)
+    )
+    return _Shared({identifier: row for row, identifier in enumerate(galaxies["id_str"][:])}, plain, seen)
+
+
+def _find_folds(
+    galaxies: Dataset, labels: Integers, shared: _Shared, *, folds: int, seed: int
+) -> tuple[Integers, pd.DataFrame, Integers]:
+    """The fold of each galaxy, the near-duplicates, and the group of near-duplicates that each galaxy is in."""
+    identifiers = galaxies["id_str"][:]
+    embeddings = shared.plain.values[shared.plain.rows][:, 0].float().numpy()  # noqa: PD011  a tensor
+    pairs = find_near_duplicates(identifiers, embeddings, [""] * len(identifiers))
+    groups = group_near_duplicates(identifiers, pairs)
+    fold_of = assign_folds(identifiers, labels, folds=folds, seed=seed, groups=groups)
+    fold_by_id = dict(zip(identifiers, fold_of.tolist(), strict=True))
+    pairs["split"], pairs["other_split"] = pairs["id_str"].map(fold_by_id), pairs["other_id_str"].map(fold_by_id)
+    if len(pairs):
+        logger.warning(
+            "%d pairs of galaxies are near-duplicates and stay in one fold; the closest: %s and %s.",
+            len(pairs),
+            pairs["id_str"].iloc[0],
+            pairs["other_id_str"].iloc[0],
+        )
+    return fold_of, pairs, groups
+
+
+def _split(
+    galaxies: Dataset,
+    labels: Integers,
+    fold_of: Integers,
+    groups: Integers,
+    *,
+    fold: int,
+    seed: int,
+    balance: Strategy | None,
+) -> DatasetDict:
+    others = np.flatnonzero(fold_of != fold)
+    part = assign_folds(
+        galaxies.select(others)["id_str"][:],
+        labels[others],
+        folds=VALIDATION_SHARE,
+        seed=seed + fold,
+        groups=groups[others],
+    )
+    is_validation = part == _fullest(part, labels[others])
+    train = galaxies.select(others[~is_validation])
+    if balance is not None:
+        train = balance_classes(train, seed=seed + fold, strategy=balance).dataset
+    return DatasetDict(
+        train=train,
+        validation=galaxies.select(others[is_validation]),
+        test=galaxies.select(np.flatnonzero(fold_of == fold)),
+    )
+
+
+def _fullest(part: Integers, labels: Integers) -> int:
+    """The part with most galaxies of its rarest class: of a class with few galaxies, some parts may have none."""
+    rarest = [min(np.bincount(labels[part == number], minlength=labels.max() + 1)) for number in range(part.max() + 1)]
+    return int(np.argmax(rarest))
+
+
+def _new_model(model: ZoobotForImageClassification, train: Dataset) -> ZoobotForImageClassification:
+    """A copy with a new head: the old one may have seen the galaxies of this fold."""
+    fresh = copy.deepcopy(model)
+    fresh.config.forget_calibration()
+    fresh.head = build_head(fresh.config).to(model.device)
+    fresh.config.training_prevalence = measure_prevalence(train)
+    return fresh
+
+
+def _train(
+    model: ZoobotForImageClassification,
+    processor: ZoobotImageProcessor,
+    splits: DatasetDict,
+    shared: _Shared,
+    frozen: FrozenStageArguments,
+    unfrozen: UnfrozenStageArguments | None,
+) -> list[_Stage]:
+    given = {
+        "processing_class": processor,
+        "train_dataset": splits["train"],
+        "eval_dataset": splits["validation"],
+        "compute_metrics": metrics_for_trainer(SINGLE_LABEL),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        first = _SharedEmbeddingsTrainer(model, _arguments(frozen, f"{folder}/frozen"), **given)
+        first.shared = shared
+        stages = [_run("frozen", first, splits)]
+        if unfrozen is not None:
+            second = UnfrozenStageTrainer(model, _arguments(unfrozen, f"{folder}/unfrozen"), **given)
+            stages.append(_run("unfrozen", second, splits))
+    return stages
+
+
+def _arguments(arguments: Any, folder: str) -> Any:
+    copied = copy.copy(arguments)
+    copied.output_dir = folder
+    return copied
+
+
+def _run(name: str, trainer: FrozenStageTrainer | UnfrozenStageTrainer, splits: DatasetDict) -> _Stage:
+    started = time.monotonic()
+    trainer.train()
+    validation, test = trainer.predict(splits["validation"]), trainer.predict(splits["test"])
+    validation_logits, test_logits = (np.asarray(each.predictions, dtype=np.float64) for each in (validation, test))
+    loss = float(validation.metrics["test_loss"])  # Trainer's name for the loss of whatever is predicted
+    return _Stage(name, loss, validation_logits, test_logits, time.monotonic() - started)
+
+
+def _row(fold: int, stage: _Stage, labels: Integers, *, is_kept: bool) -> dict[str, Any]:
+    scores = metrics_for_trainer(SINGLE_LABEL)(EvalPrediction(stage.test_logits, labels))
+    return {
+        "fold": fold,
+        "stage": stage.name,
+        "is_kept": is_kept,
+        "test_galaxies": len(labels),
+        **{name: scores[name] for name in ("accuracy", "roc_auc", "log_loss")},
+        "validation_loss": stage.validation_loss,
+        "seconds": stage.seconds,
+    }
+
+
+def _report(fold: int, folds: int, row: dict[str, Any], calibration: Calibration) -> None:
+    logger.info(
+        "Fold %d of %d, %s stage: accuracy %.3f, ROC AUC %.3f, temperature %.2f.",
+        fold + 1,
+        folds,
+        row["stage"],
+        row["accuracy"],
+        row["roc_auc"],
+        calibration.temperature[0],
+    )
+
+
+def _table(
+    galaxies: Dataset, labels: Integers, probabilities: Floats, fold_of: Integers, model: ZoobotForImageClassification
+) -> pd.DataFrame:
+    names = model.config.label_names
+    table = prediction_table(galaxies["id_str"][:], probabilities, label_names=names, problem_type=SINGLE_LABEL)
+    table.insert(1, "label", [names[label] for label in labels])
+    table["probability_of_label"] = probabilities[np.arange(len(labels)), labels]
+    table["fold"] = fold_of
+    return table
+
+
+def _judge(
+    table: pd.DataFrame,
+    at_sky: Floats,
+    at_training: Floats,
+    labels: Integers,
+    sky: list[float],
+    model: ZoobotForImageClassification,
+    folds: pd.DataFrame,
+    temperatures: list[float],
+    duplicates: pd.DataFrame,
+) -> CrossValidation:
+    names = model.config.label_names
+    own = (np.bincount(labels, minlength=len(names)) / len(labels)).tolist()
+    here = probabilities_at_prevalence(at_sky, assumed_prevalence=sky, prevalence=own)
+    is_right = here.argmax(axis=1) == labels
+
+    def accuracy(weights: Floats) -> dict[str, float]:
+        return {"accuracy": float(np.average(is_right, weights=weights))}
+
+    is_sky_another = not np.allclose(sky, own, atol=1e-6)
+    return CrossValidation(
+        table,
+        bootstrap_estimates(accuracy, labels, np.ones(len(labels)))["accuracy"],
+        score_probabilities(here, labels, label_names=names),
+        score_probabilities(at_sky, labels, label_names=names, sky_prevalence=sky) if is_sky_another else None,
+        folds,
+        temperatures,
+        find_doubtful_labels(table["id_str"].tolist(), at_training, labels, label_names=names),
+        duplicates,
+    )
