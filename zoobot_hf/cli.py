@@ -260,6 +260,7 @@ def _add_training_options(tune: argparse.ArgumentParser) -> None:
         type=_number(int, 1),
         help="unfreeze only this many of the encoder's last blocks (default: all)",
     )
+    tune.add_argument("--license", metavar="NAME", help="the model's licence on its card, for example apache-2.0")
     tune.add_argument("--push_to_hub", metavar="USER/NAME", help="push the finetuned model to this repository")
     earlier_run = tune.add_mutually_exclusive_group()
     earlier_run.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
@@ -356,6 +357,7 @@ def _finetune(options: argparse.Namespace) -> int:
         sky_prevalence=dict(options.sky_prevalence) if options.sky_prevalence else None,
         decision_aim=options.decision_aim,
         decision_at_least=options.decision_at_least,
+        license_name=options.license,
     )
     if PartialState().is_main_process:
         _report(finetuned)

@@ -99,7 +99,7 @@ def test_a_card_with_every_fact_has_every_section():
         "| accuracy | 0.650 | 0.760 |",
         "| train | 100 | 120 | 220 |",
         "- edge-on: 12",
-        "| before balancing | 0.970 | 0.030 |",
+        "| taken for the sky's | 0.970 | 0.030 |",
         "- epochs: 20",
         "- training time: 1 h 7 min",
         "- device: CPU, 2 threads",

@@ -1,11 +1,7 @@
-from pathlib import Path
-
+import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
 from zoobot_hf import FrozenStageArguments, FrozenStageTrainer
-from zoobot_hf.publishing.hub import push_folder
-from zoobot_hf.publishing.model_card import StageFacts
-from zoobot_hf.publishing.run_folder import save_stage
 
 
 def test_a_single_stage_is_pushed_in_one_commit(
@@ -14,16 +10,18 @@ def test_a_single_stage_is_pushed_in_one_commit(
     features = Features({"image": Image(), "label": ClassLabel(names=["not ring", "ring"])})
     galaxies = Dataset.from_dict({"image": galaxy_images[:8], "label": list(galaxy_labels[:8])}, features=features)
     arguments = FrozenStageArguments(
-        output_dir=str(tmp_path / "out"), num_train_epochs=1, use_cpu=True, disable_tqdm=True
+        output_dir=str(tmp_path / "out"),
+        num_train_epochs=1,
+        use_cpu=True,
+        disable_tqdm=True,
+        hub_model_id=repo_id,
+        hub_token=hub_token,
     )
     trainer = FrozenStageTrainer(
         batch_norm_model, arguments, processing_class=processor, train_dataset=galaxies, eval_dataset=galaxies
     )
     trainer.train()
-    folder = Path(trainer.args.output_dir)
-    stage = StageFacts(name="frozen", hyperparameters={"seed": trainer.args.seed})
-    save_stage(folder, trainer.model, processor, stage=stage, history=trainer.state.log_history)
-    push_folder(folder, repo_id, token=hub_token)
+    assert trainer.push_to_hub() == f"{hub.url}/{repo_id}"
     assert set(hub.files(repo_id)) - {".gitattributes"} == {
         "README.md",
         "config.json",
@@ -34,3 +32,11 @@ def test_a_single_stage_is_pushed_in_one_commit(
     assert len(hub.commits(repo_id)) == 2
     assert b"- seed: 42" in hub.files(repo_id)["README.md"]
     assert b"eval_loss" in hub.files(repo_id)["metrics.json"]
+    assert hub_token.encode() not in b"".join(hub.files(repo_id).values())
+    trainer.push_to_hub()
+    assert len(hub.commits(repo_id)) == 2
+
+
+def test_a_stage_is_pushed_at_its_end_alone(tmp_path):
+    with pytest.raises(ValueError, match=r"hub_strategy is .*; a stage is pushed in one commit: choose .end.\."):
+        FrozenStageArguments(output_dir=str(tmp_path), use_cpu=True, hub_strategy="every_save")

@@ -22,6 +22,7 @@ from .selection import selection_curve
 LABELLED_GALAXIES = "labelled galaxies"
 SKY = "sky"
 CALIBRATION_ERROR = "expected_calibration_error"
+CALIBRATION_ERROR_BY_CHANCE = "calibration_error_by_chance"
 FIXED_SHARE = 0.9
 SMALLEST_PROBABILITY = 1e-15
 
@@ -170,7 +171,7 @@ class _Label:
         estimates[CALIBRATION_ERROR] = _reflected(estimates[CALIBRATION_ERROR])
         if not self.is_weighted:
             chance = calibration_error_by_chance(self.probability, seed=seed)
-            estimates["calibration_error_by_chance"] = Estimate(chance, chance, chance)
+            estimates[CALIBRATION_ERROR_BY_CHANCE] = Estimate(chance, chance, chance)
         return estimates
 
     def _scores(self, weights: Floats, purity: float, completeness: float) -> dict[str, float]:

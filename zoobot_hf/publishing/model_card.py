@@ -79,7 +79,7 @@ class ModelCardFacts:
         counts: Galaxies by split and, in each, by label.
         cuts: Galaxies that were removed before the split, by the reason in words.
         training_prevalence: The share of each label in training, 0-1.
-        sky_prevalence: The share of each label before balancing, 0-1.
+        sky_prevalence: The share of each label that is taken for the sky's, 0-1.
         seeds: The seeds by what they seeded.
         versions: Version by name of the software.
         device: What it was trained on, in words.
@@ -264,7 +264,7 @@ def _dataset_to_show(facts: ModelCardFacts) -> str | None:
 
 
 def _prevalences(facts: ModelCardFacts) -> dict[str, Mapping[str, float]]:
-    prevalences = {"in training": facts.training_prevalence, "before balancing": facts.sky_prevalence}
+    prevalences = {"in training": facts.training_prevalence, "taken for the sky's": facts.sky_prevalence}
     return {name: prevalence for name, prevalence in prevalences.items() if prevalence}
 
 

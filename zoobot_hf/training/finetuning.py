@@ -88,6 +88,7 @@ def finetune(
     sky_prevalence: Mapping[str, float] | None = None,
     decision_aim: str = "f1",
     decision_at_least: float | None = None,
+    license_name: str | None = None,
 ) -> Finetuned:
     """The model after the frozen and the unfrozen stage, and a folder with everything about it.
 
@@ -117,6 +118,7 @@ def finetune(
         decision_aim: What the threshold of the selection is for, at the sky's prevalence: "purity", "completeness" or
             "f1" (the best there is).
         decision_at_least: The purity or completeness to be reached, 0-1; not for f1.
+        license_name: The Hub's short name of the model's licence, for the model card: "apache-2.0".
 
     Returns:
         The model, the stages' results, and where everything is.
@@ -175,6 +177,7 @@ def finetune(
             counts=counts,
             dataset_name=dataset_name,
             cuts=cuts or {},
+            license_name=license_name,
         )
     PartialState().wait_for_everyone()
     return Finetuned(model, stages, kept.name, output_dir, test_metrics, judgements)

@@ -1,5 +1,6 @@
 """What the stages of a run gave, and the folder that is made of it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -15,7 +17,7 @@ from zoobot_hf.data.catalog import write_catalog
 from zoobot_hf.evaluation.intervals import CONFIDENCE
 from zoobot_hf.evaluation.judgement import Judgement, truth_of_label
 from zoobot_hf.evaluation.metrics import metrics_for
-from zoobot_hf.evaluation.scores import LABELLED_GALAXIES, Scores
+from zoobot_hf.evaluation.scores import CALIBRATION_ERROR_BY_CHANCE, LABELLED_GALAXIES, Scores
 from zoobot_hf.evaluation.selection import Selection
 from zoobot_hf.evaluation.tables import prediction_table
 from zoobot_hf.models.heads import probabilities_from_logits
@@ -24,6 +26,11 @@ from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
 from zoobot_hf.publishing.hub import METRICS, MODEL_CARD, PREDICTIONS
 from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, render_model_card
 from zoobot_hf.publishing.run_folder import JudgedLabel, draw_figures, save_model, write_json
+
+LIMITS = (
+    "The scores are those of galaxies like the ones it was trained on. With images of another survey, other bands, "
+    "depth or seeing, it was not measured.",
+)
 
 
 @dataclass
@@ -64,6 +71,7 @@ def write_run(
     counts: Mapping[str, Mapping[str, int]],
     dataset_name: str | None,
     cuts: Mapping[str, int],
+    license_name: str | None = None,
 ) -> None:
     """Writes model, processor, card, metrics, table of test predictions and figures.
 
@@ -79,10 +87,12 @@ def write_run(
         counts: Galaxies by split and label, before balancing.
         dataset_name: As in `finetune`.
         cuts: As in `finetune`.
+        license_name: As in `finetune`.
     """
     config = model.config
     kept = next(stage for stage in stages if stage.name == kept_stage)
     judgement = judgements.get(kept_stage)
+    encoder = config.encoder_name or config.encoder_config.model_type
     save_model(folder, model, processor)
     table = _test_predictions(model, kept, dataset["test"], judgement)
     write_catalog(table, folder / PREDICTIONS)
@@ -95,12 +105,16 @@ def write_run(
         test_metrics=test_metrics[kept_stage],
         label_names=config.label_names,
         images=dataset["test"]["image"],
-        judged=table if config.problem_type == "single_label_classification" else None,
+        judged=_judged_table(model, judgement, dataset["test"]),
         judged_labels=_judged_labels(model, judgement, dataset["test"]),
     )
     facts = ModelCardFacts(
         model_name=folder.resolve().name,
-        encoder=config.encoder_name or config.encoder_config.model_type,
+        encoder=encoder,
+        # Of a local folder only the name is kept, so that a name with an owner is one on the Hub.
+        base_model=encoder if "/" in encoder else None,
+        license=license_name,
+        limits=LIMITS,
         labels=config.label_names,
         problem_type=config.problem_type,
         image_size=processor.pixels,
@@ -122,6 +136,7 @@ def write_run(
         else {},
         remarks=judgement.remarks if judgement else (),
         dataset_name=dataset_name,
+        dataset_ids=[dataset_name] if dataset_name is not None and "/" in dataset_name else (),
         counts=counts,
         cuts=cuts,
         training_prevalence=config.training_prevalence or {},
@@ -180,7 +195,9 @@ def _scores_by_population(judgement: Judgement | None) -> dict[str, dict[str, tu
         for label, own in scores.labels.items():
             table = {**scores.overall, **own}
             tables[f"{place}, where {scores.prevalence[label]:.1%} are {label}"] = {
-                name: (value, low, high) for name, (value, low, high) in table.items()
+                # What chance alone would give was not drawn again, and has no interval.
+                name: (value, math.nan, math.nan) if name == CALIBRATION_ERROR_BY_CHANCE else (value, low, high)
+                for name, (value, low, high) in table.items()
             }
     return tables
 
@@ -229,12 +246,25 @@ def _judged_labels(
 def _test_predictions(
     model: ZoobotForImageClassification, stage: StageResult, test: Dataset, judgement: Judgement | None
 ) -> pd.DataFrame:
+    if judgement is not None:
+        return _table_of(model, test, judgement.probabilities)
+    logits = torch.tensor(stage.test_logits, dtype=torch.float32)
+    return _table_of(model, test, probabilities_from_logits(logits, model.config).numpy())
+
+
+def _judged_table(
+    model: ZoobotForImageClassification, judgement: Judgement | None, test: Dataset
+) -> pd.DataFrame | None:
+    """The table with the probabilities for the test galaxies as they are; None where no galaxy has a single label."""
+    if judgement is None or model.config.problem_type != "single_label_classification":
+        return None
+    return _table_of(model, test, judgement.probabilities_as_labelled)
+
+
+def _table_of(
+    model: ZoobotForImageClassification, test: Dataset, predictions: npt.NDArray[np.floating[Any]]
+) -> pd.DataFrame:
     config = model.config
-    if judgement is None:
-        logits = torch.tensor(stage.test_logits, dtype=torch.float32)
-        predictions = probabilities_from_logits(logits, config).numpy()
-    else:
-        predictions = judgement.probabilities
     table = prediction_table(
         test["id_str"][:], predictions, label_names=config.label_names, problem_type=config.problem_type
     )
