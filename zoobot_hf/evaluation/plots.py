@@ -65,7 +65,7 @@ def plot_training_curves(
 
 
 def plot_most_wrong(images: Sequence[Image.Image], table: pd.DataFrame, path: str | Path, *, count: int = 24) -> None:
-    """Draw the galaxies whose true label was given the lowest probability, the worst first.
+    """Draw the galaxies whose true label was given the lowest probability, the worst first; no more than are wrong.
 
     Args:
         images: The images in the order of the table's rows, for example a dataset's `image` column. Only those that are
@@ -83,7 +83,8 @@ def plot_most_wrong(images: Sequence[Image.Image], table: pd.DataFrame, path: st
         raise ValueError(f"table lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table.columns))}.")
     if len(images) != len(table):
         raise ValueError(f"images are {len(images)} but table has {len(table)} rows; pass an image for each row.")
-    worst = np.argsort(table["probability_of_label"].to_numpy(), kind="stable")[:count]
+    wrong = int((table["label"] != table["predicted_label"]).sum())
+    worst = np.argsort(table["probability_of_label"].to_numpy(), kind="stable")[: min(count, max(wrong, 1))]
     titles = [_title_of(table.iloc[row]) for row in worst.tolist()]
     plot_galaxy_sheet([images[row] for row in worst.tolist()], titles, path)
 

@@ -119,7 +119,8 @@ def plot_completeness_and_purity(
     share = truth.mean() if prevalence is None else prevalence
     whose = "of these galaxies" if prevalence is None else "in the sky"
     panel.set_title(f"{label}: {share:.3g} {whose}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
-    panel.set_xlim(0, 1)
+    # The probabilities of what is rare are small: as far as they go, and not on to 1.
+    panel.set_xlim(0, min(1, 1.1 * float(np.max(probability))))
     panel.set_ylim(0, 1.04)
     panel.set_xlabel(f"Threshold in the probability of {label}", fontsize=FONT_SIZE)
     panel.set_ylabel("Completeness, purity", fontsize=FONT_SIZE)

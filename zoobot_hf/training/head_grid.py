@@ -64,11 +64,9 @@ class HeadGrid(nn.Module):
         mean_loss = head_loss(
             logits.flatten(0, 1), labels.repeat(len(self.heads), *[1] * (labels.ndim - 1)), self.config, training=True
         )
-        with torch.no_grad():
-            winning_loss = head_loss(logits[self.winning_head], labels, self.config, training=True)
-        # The value that is logged is the winner's; the gradient is that of the sum over the heads.
+        # The value that is logged is the mean over the heads; the gradient is that of their sum.
         gradient = len(self.heads) * mean_loss
-        return ModelOutput(loss=gradient - gradient.detach() + winning_loss)
+        return ModelOutput(loss=gradient - gradient.detach() + mean_loss.detach())
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Embeddings with mean 0 and standard deviation 1 in every dimension, float32.
