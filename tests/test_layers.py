@@ -52,7 +52,11 @@ ORDER = [
     "training.finetuning",
     "training.label_efficiency",
     "prediction.tables",
+    "prediction.galaxies",
+    "prediction.pieces",
+    "prediction.shards",
     "prediction.survey",
+    "prediction.merge",
     "cli",
 ]
 CLOSED_FOLDER = "models"

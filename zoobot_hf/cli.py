@@ -215,8 +215,7 @@ def _add_predict_options(predict: argparse.ArgumentParser) -> None:
     predict.add_argument(
         "--batch_size",
         type=_number(int, 1),
-        default=32,
-        help="galaxies that the encoder sees at once (default: %(default)s)",
+        help="galaxies that the encoder sees at once (default: what suits the device)",
     )
     predict.set_defaults(command=_predict)
 
