@@ -21,12 +21,12 @@ from .data.balance import Strategy
 from .data.catalog import check_catalog_can_be_written, find_catalog, read_galaxies, write_catalog
 from .data.dataset import load_galaxy_dataset, split_dataset
 from .data.rings import load_rings
-from .models.configuration_zoobot import HEAD_TYPES, ZoobotConfig, small_encoder_config
+from .models.configuration_zoobot import HEAD_TYPES, PREVALENCES, ZoobotConfig, small_encoder_config
 from .models.conversion import DEFAULT_ZOOM, NORMALIZATIONS, image_processor_for, local_copy, read_configuration
 from .models.export import FORMATS, export_to_onnx, export_to_transformers
 from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_zoobot import ZoobotForImageClassification
-from .prediction.survey import predict_galaxies
+from .prediction.survey import predict_galaxies, predict_survey
 from .publishing.hub import TOKEN_ADVICE, HubPushError, push_folder
 from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
 from .training.embedding_cache import cache_folder, clear_cache, list_cache
@@ -211,11 +211,29 @@ def _add_training_options(tune: argparse.ArgumentParser) -> None:
 def _add_predict_options(predict: argparse.ArgumentParser) -> None:
     predict.add_argument("--model", required=True, help="folder or Hub id of a finetuned model")
     predict.add_argument("--images", required=True, help="catalog, or folder with a catalog or images")
-    predict.add_argument("--output", required=True, type=Path, help="the table: .csv, .parquet, .fits, .vot or .ecsv")
+    predict.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="one table: .csv, .parquet, .fits, .vot or .ecsv; or a folder, for a survey of any size: the same command "
+        "goes on with a run that was stopped",
+    )
     predict.add_argument(
         "--batch_size",
         type=_number(int, 1),
         help="galaxies that the encoder sees at once (default: what suits the device)",
+    )
+    predict.add_argument(
+        "--prevalence", choices=PREVALENCES, help="probabilities for this prevalence (default: the model's own)"
+    )
+    predict.add_argument(
+        "--torch_compile", action="store_true", help="compile the model, which pays from some thousand images on"
+    )
+    predict.add_argument(
+        "--retry_failures", action="store_true", help="try again what an earlier run into the folder couldn't read"
+    )
+    predict.add_argument(
+        "--max_failures", type=_number(int, 0), help="stop a run into a folder after more failures than this"
     )
     predict.set_defaults(command=_predict)
 
@@ -300,12 +318,53 @@ def _finetune(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    if not options.output.suffix:
+        return _predict_survey(options)
+    return _predict_table(options)
+
+
+def _predict_survey(options: argparse.Namespace) -> int:
+    device = _check_device(options.device)
+    model, processor = _load_finetuned(options.model)
+    done = predict_survey(
+        model,
+        processor,
+        options.images,
+        options.output,
+        model_name=options.model,
+        batch_size=options.batch_size,
+        device=device,
+        prevalence=options.prevalence,
+        torch_compile=options.torch_compile,
+        retry_failures=options.retry_failures,
+        max_failures=options.max_failures,
+    )
+    if PartialState().is_main_process:
+        print(f"{done.galaxies - done.failures} galaxies: {done.folder / 'predictions'}")
+        if done.failures:
+            path = done.folder / "failures.parquet"
+            _complain(f"{done.failures} of {done.galaxies} galaxies can't be predicted; their reasons: {path}")
+    return 1 if done.failures else 0
+
+
+def _predict_table(options: argparse.Namespace) -> int:
+    for name in ("retry_failures", "max_failures"):
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"{name} is for an output folder, and {options.output} is one table; leave it out.")
     device = _check_device(options.device)
     failures_path = options.output.with_name(f"{options.output.stem}-failures.csv")
     _check_tables(Path(options.images), options.output, failures_path)
     catalog = read_galaxies(options.images, images_must_exist=False)
     model, processor = _load_finetuned(options.model)
-    table, failures = predict_galaxies(model, processor, catalog, batch_size=options.batch_size, device=device)
+    table, failures = predict_galaxies(
+        model,
+        processor,
+        catalog,
+        batch_size=options.batch_size,
+        device=device,
+        prevalence=options.prevalence,
+        torch_compile=options.torch_compile,
+    )
     write_catalog(table, options.output)
     print(f"{len(table)} galaxies: {options.output}")
     if failures.empty:
