@@ -25,7 +25,9 @@ from .models.configuration_zoobot import HEAD_TYPES, PREVALENCES, ZoobotConfig, 
 from .models.conversion import DEFAULT_ZOOM, NORMALIZATIONS, image_processor_for, local_copy, read_configuration
 from .models.export import FORMATS, export_to_onnx, export_to_transformers
 from .models.image_processing_zoobot import ZoobotImageProcessor
+from .models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from .models.modeling_zoobot import ZoobotForImageClassification
+from .prediction.galaxies import Classifier
 from .prediction.survey import predict_galaxies, predict_survey
 from .publishing.hub import TOKEN_ADVICE, HubPushError, push_folder
 from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
@@ -325,7 +327,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _predict_survey(options: argparse.Namespace) -> int:
     device = _check_device(options.device)
-    model, processor = _load_finetuned(options.model)
+    model, processor = _load_classifier(options.model)
     done = predict_survey(
         model,
         processor,
@@ -433,6 +435,13 @@ def _load_finetuned(name: str) -> tuple[ZoobotForImageClassification, ZoobotImag
             f"model is {name!r}, which zoobot-hf has not finetuned; run zoobot-hf finetune --encoder {name}."
         )
     return ZoobotForImageClassification.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
+
+
+def _load_classifier(name: str) -> tuple[Classifier, ZoobotImageProcessor]:
+    folder = local_copy(name)
+    if read_configuration(folder).get("decision_tree"):
+        return ZoobotForGalaxyZoo.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
+    return _load_finetuned(name)
 
 
 def _load(options: argparse.Namespace) -> Dataset | DatasetDict:
