@@ -28,6 +28,7 @@ from .models.image_processing_zoobot import ZoobotImageProcessor
 from .models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from .models.modeling_zoobot import ZoobotForImageClassification
 from .prediction.galaxies import Classifier
+from .prediction.merge import TABLES, merge_predictions
 from .prediction.survey import predict_galaxies, predict_survey
 from .publishing.hub import TOKEN_ADVICE, HubPushError, push_folder
 from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
@@ -126,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune_options(tune)
     predict = _add_command(commands, "predict", help="write a table of predictions for a catalog or a folder of images")
     _add_predict_options(predict)
+    merge = _add_command(commands, "merge", help="turn the folder that predict wrote into one table")
+    _add_merge_options(merge)
     cache = _add_command(commands, "cache", help="list the embeddings that are kept on disk, or delete them")
     cache.add_argument("--clear", action="store_true", help="delete them all")
     cache.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -140,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (demo, tune, predict):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    for command in (demo, tune, predict, push, export):
+    for command in (demo, tune, predict, merge, push, export):
         command.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
 
@@ -212,7 +215,12 @@ def _add_training_options(tune: argparse.ArgumentParser) -> None:
 
 def _add_predict_options(predict: argparse.ArgumentParser) -> None:
     predict.add_argument("--model", required=True, help="folder or Hub id of a finetuned model")
-    predict.add_argument("--images", required=True, help="catalog, or folder with a catalog or images")
+    predict.add_argument(
+        "--images",
+        required=True,
+        help="catalog, or folder with a catalog or images; for an output folder also a pattern for many catalogs, in "
+        "quotes",
+    )
     predict.add_argument(
         "--output",
         required=True,
@@ -238,6 +246,19 @@ def _add_predict_options(predict: argparse.ArgumentParser) -> None:
         "--max_failures", type=_number(int, 0), help="stop a run into a folder after more failures than this"
     )
     predict.set_defaults(command=_predict)
+
+
+def _add_merge_options(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("folder", type=Path, metavar="FOLDER", help="what predict wrote and finished")
+    merge.add_argument("--output", required=True, type=Path, help="the table: .parquet, .csv, .fits or .vot")
+    merge.add_argument(
+        "--table",
+        choices=TABLES,
+        default="predictions",
+        help="for a decision tree also Galaxy Zoo's friendly and advanced tables (default: %(default)s)",
+    )
+    merge.add_argument("--catalog", type=Path, help="a catalog whose columns are joined by id_str")
+    merge.set_defaults(command=_merge)
 
 
 def _add_push_options(push: argparse.ArgumentParser) -> None:
@@ -375,6 +396,13 @@ def _predict_table(options: argparse.Namespace) -> int:
     write_catalog(failures, failures_path)
     _complain(f"{len(failures)} of {len(catalog)} images can't be read; their reasons: {failures_path}")
     return 1
+
+
+def _merge(options: argparse.Namespace) -> int:
+    check_catalog_can_be_written(options.output)
+    count = merge_predictions(options.folder, options.output, table=options.table, catalog=options.catalog)
+    print(f"{count} galaxies: {options.output}")
+    return 0
 
 
 def _cache(options: argparse.Namespace) -> int:

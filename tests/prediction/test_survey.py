@@ -248,8 +248,7 @@ def launch(folder, output, *, processes):
     script, environment = prepare("from accelerate import PartialState\nprint(predict(), PartialState().num_processes)")
     path = output.with_name("predict.py")
     path.write_text(script)
-    # What `accelerate launch` runs for several GPUs; on a CPU it starts several processes through MPI alone.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     return subprocess.run(
         [*command, path, folder, output], env=environment, capture_output=True, text=True, timeout=200
     )

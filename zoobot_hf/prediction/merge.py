@@ -31,8 +31,8 @@ def merge_predictions(
     """How many galaxies went from a survey's folder to one table, in the catalog's order.
 
     Every column of a model has a description and, in a VOTable, a unit (FITS has no word for a number without one); the
-    table names the model, the hash of its weights and that of the catalog. A CSV file has no room for these. Parquet and CSV files are written piece by
-    piece, FITS and VOTable need all of the table in memory.
+    table names the model, the hash of its weights and that of the catalog. A CSV file has no room for these. Parquet
+    and CSV files are written piece by piece, FITS and VOTable need all of the table in memory.
 
     Args:
         folder: What `predict_survey` finished.

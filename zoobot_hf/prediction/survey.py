@@ -127,6 +127,8 @@ def predict_survey(
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; give at least 1.")
     model.to(device)
+    # Told nothing, accelerate takes several processes without a GPU for single ones.
+    PartialState(cpu=not torch.cuda.is_available())
     facts = check_catalog(catalog)
     wanted = {
         "format": FORMAT,
