@@ -564,7 +564,7 @@ def test_an_output_folder_that_can_not_be_made_is_named(shared_galaxy_folder, en
     ("name", "message"),
     [
         ("table.xyz", "has the suffix '.xyz'; known are .csv, .parquet, .fits"),
-        ("table", "has the suffix ''; known are .csv, .parquet, .fits"),
+        ("table.pdf", "has the suffix '.pdf'; known are .csv, .parquet, .fits"),
         ("table.csv.gz", "ends in .gz; catalogs are written uncompressed"),
         ("missing/table.csv", "missing: No such file or directory; make the folder"),
         ("file/table.csv", "file: Not a directory; make the folder, or choose one that you may write to"),
