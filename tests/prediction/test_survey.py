@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from astropy.io import fits
 from PIL import Image
 
 from zoobot_hf import predict_galaxies, read_galaxies
@@ -45,6 +46,8 @@ def damage_files(folder):
     path(21).unlink()
     path(21).mkdir()
     Image.new("1", (10_000, 10_000)).save(path(38), format="PNG")
+    fits.PrimaryHDU(np.full((8, 8), np.nan)).writeto(folder / "nan.fits", overwrite=True)
+    (folder / "nan.fits").replace(path(39))
     return {
         "galaxy_00": "the file is empty",
         "galaxy_03": "it is not an image in a format that PIL knows",
@@ -53,6 +56,7 @@ def damage_files(folder):
         "galaxy_20": "the processor refuses it",
         "galaxy_21": "it is damaged",
         "galaxy_38": "it has over 89 million pixels and may be a decompression bomb",
+        "galaxy_39": "the processor refuses it: 64 of 64 pixels are NaN or infinite",
     }
 
 

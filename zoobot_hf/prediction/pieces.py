@@ -161,7 +161,7 @@ def _as_rows(part: pd.DataFrame, *, path: Path) -> pd.DataFrame:
 def _as_text(column: pd.Series, *, path: Path) -> list[str]:
     if pd.api.types.is_float_dtype(column) and column.notna().all() and len(column):
         raise CatalogError(
-            f"catalog {path} has floating-point numbers in {column.name!r}, for example {column.iloc[0]!r}, "
+            f"catalog {path} has floating-point numbers in {column.name!r}, for example {column.iloc[0]}, "
             "which lose the last digits of a long name; save the column as text or integers."
         )
     is_missing = column.isna().tolist()

@@ -126,9 +126,9 @@ def predict_survey(
     check_prevalence(model, prevalence)
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; give at least 1.")
-    model.to(device)
-    # Told nothing, accelerate takes several processes without a GPU for single ones.
+    # Gives each process its GPU; told nothing, it takes several processes without a GPU for single ones.
     PartialState(cpu=not torch.cuda.is_available())
+    model.to(device)
     facts = check_catalog(catalog)
     wanted = {
         "format": FORMAT,
