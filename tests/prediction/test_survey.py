@@ -248,8 +248,25 @@ def prepare(body):
     return script, environment
 
 
-def launch(folder, output, *, processes):
-    script, environment = prepare("from accelerate import PartialState\nprint(predict(), PartialState().num_processes)")
+PREDICT = """
+from accelerate import PartialState
+print(predict(), PartialState().num_processes)
+"""
+# The second process kills itself at its second shard.
+PREDICT_AND_DIE = """
+import os, signal
+write = survey.write_shard
+def write_once(path, shard):
+    if path.name == "000003.parquet":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, shard)
+survey.write_shard = write_once
+predict()
+"""
+
+
+def launch(folder, output, *, processes, body=PREDICT):
+    script, environment = prepare(body)
     path = output.with_name("predict.py")
     path.write_text(script)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
@@ -269,6 +286,17 @@ def test_any_number_of_processes_gives_the_same_table(predict, processes, galaxy
     assert done.stderr.count("predicting:   0%") == 1  # one bar
     pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected)
     pd.testing.assert_frame_equal(pd.read_parquet(output / "failures.parquet"), expected_failures)
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_is_killed_the_next_run_ends_as_an_unbroken_one(predict, galaxy_folder, tmp_path):
+    _, expected, _ = predict()
+    output = tmp_path / "shared_out"
+    assert launch(galaxy_folder, output, processes=2, body=PREDICT_AND_DIE).returncode != 0
+    assert (output / "predictions/000001.parquet").exists()
+    assert not (output / "predictions/000003.parquet").exists()
+    assert launch(galaxy_folder, output, processes=2).returncode == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected)
 
 
 # Forks of a process that has imported everything; each is killed at a moment between its start and its end.
