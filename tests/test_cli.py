@@ -604,7 +604,7 @@ def test_an_output_folder_that_can_not_be_made_is_named(shared_galaxy_folder, en
     ("name", "message"),
     [
         ("table.xyz", "has the suffix '.xyz'; known are .csv, .parquet, .fits"),
-        ("table", "has the suffix ''; known are .csv, .parquet, .fits"),
+        ("table.pdf", "has the suffix '.pdf'; known are .csv, .parquet, .fits"),
         ("table.csv.gz", "ends in .gz; catalogs are written uncompressed"),
         ("missing/table.csv", "missing: No such file or directory; make the folder"),
         ("file/table.csv", "file: Not a directory; make the folder, or choose one that you may write to"),
@@ -621,6 +621,28 @@ def test_a_table_that_can_not_be_written_is_refused_before_predicting(
     line = refused("predict", "--model", model_folder, "--images", shared_galaxy_folder, "--output", tmp_path / name)
     assert message in line
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_of_shards_is_predicted_and_merged(galaxy_folder, model_folder, tmp_path, zoobot_hf, expected_table):
+    predict = ("predict", "--model", model_folder, "--images", galaxy_folder, "--output", tmp_path / "survey")
+    outcome = zoobot_hf(*predict)
+    assert outcome.status == 0
+    assert f"40 galaxies: {tmp_path / 'survey/predictions'}" in outcome.output
+    assert zoobot_hf(*predict).status == 0
+    merged = tmp_path / "merged.parquet"
+    assert zoobot_hf("merge", tmp_path / "survey", "--output", merged).status == 0
+    assert_same_predictions(pd.read_parquet(merged), expected_table)
+
+
+def test_failures_of_a_survey_are_told(galaxy_folder, model_folder, tmp_path, zoobot_hf, refused):
+    (galaxy_folder / "images/galaxy_03.png").unlink()
+    predict = ("predict", "--model", model_folder, "--images", galaxy_folder, "--output")
+    outcome = zoobot_hf(*predict, tmp_path / "survey")
+    assert outcome.status == 1
+    assert "1 of 40 galaxies can't be predicted; their reasons:" in outcome.errors
+    assert pd.read_parquet(tmp_path / "survey/failures.parquet")["id_str"].tolist() == ["galaxy_03"]
+    line = refused(*predict, tmp_path / "table.csv", "--max_failures", "3")
+    assert "max_failures is for an output folder" in line
 
 
 def test_predict_does_not_write_over_its_catalog(galaxy_folder, model_folder, refused):

@@ -58,7 +58,11 @@ ORDER = [
     "training.cross_validation",
     "training.label_efficiency",
     "prediction.tables",
+    "prediction.galaxies",
+    "prediction.pieces",
+    "prediction.shards",
     "prediction.survey",
+    "prediction.merge",
     "cli",
     "_registration",
 ]

@@ -30,6 +30,8 @@ from .evaluation.calibration import expected_counts as expected_counts
 from .evaluation.calibration import fit_calibration as fit_calibration
 from .evaluation.calibration import prevalence_from_counts as prevalence_from_counts
 from .evaluation.calibration import probabilities_at_prevalence as probabilities_at_prevalence
+from .evaluation.label_audit import find_doubtful_labels as find_doubtful_labels
+from .evaluation.label_audit import find_near_duplicates as find_near_duplicates
 from .evaluation.scores import Scores as Scores
 from .evaluation.scores import score_probabilities as score_probabilities
 from .evaluation.selection import Selection as Selection
@@ -49,8 +51,14 @@ from .models.votes import expected_share_asked as expected_share_asked
 from .models.votes import expected_vote_fractions as expected_vote_fractions
 from .models.votes import tree_layout as tree_layout
 from .models.votes import vote_fraction_intervals as vote_fraction_intervals
+from .prediction.merge import merge_predictions as merge_predictions
 from .prediction.survey import Predictions as Predictions
+from .prediction.survey import Survey as Survey
+from .prediction.survey import SurveyError as SurveyError
 from .prediction.survey import predict_galaxies as predict_galaxies
+from .prediction.survey import predict_survey as predict_survey
+from .prediction.tables import advanced_table as advanced_table
+from .prediction.tables import friendly_table as friendly_table
 from .publishing.hub import HubPushError as HubPushError
 from .publishing.hub import check_push as check_push
 from .publishing.hub import push_folder as push_folder
@@ -58,8 +66,14 @@ from .publishing.hub_dataset import push_dataset as push_dataset
 from .training.arguments import FrozenStageArguments as FrozenStageArguments
 from .training.arguments import UnfrozenStageArguments as UnfrozenStageArguments
 from .training.arguments import unfrozen_arguments_from_scratch as unfrozen_arguments_from_scratch
+from .training.cross_validation import CrossValidation as CrossValidation
+from .training.cross_validation import cross_validate as cross_validate
+from .training.cross_validation import write_cross_validation as write_cross_validation
 from .training.finetuning import Finetuned as Finetuned
 from .training.finetuning import finetune as finetune
+from .training.label_efficiency import LabelCurve as LabelCurve
+from .training.label_efficiency import measure_label_curve as measure_label_curve
+from .training.label_efficiency import write_label_curve as write_label_curve
 from .training.trainer import FrozenStageTrainer as FrozenStageTrainer
 from .training.trainer import UnfrozenStageTrainer as UnfrozenStageTrainer
 

@@ -21,12 +21,15 @@ from .data.catalog import check_catalog_can_be_written, find_catalog, read_galax
 from .data.dataset import load_galaxy_dataset, split_dataset
 from .data.rings import load_rings
 from .evaluation.selection import AIMS
-from .models.configuration_zoobot import HEAD_TYPES, ZoobotConfig, small_encoder_config
+from .models.configuration_zoobot import HEAD_TYPES, PREVALENCES, ZoobotConfig, small_encoder_config
 from .models.conversion import DEFAULT_ZOOM, NORMALIZATIONS, image_processor_for, local_copy, read_configuration
 from .models.export import FORMATS, export_to_onnx, export_to_transformers
 from .models.image_processing_zoobot import ZoobotImageProcessor
+from .models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from .models.modeling_zoobot import ZoobotForImageClassification
-from .prediction.survey import predict_galaxies
+from .prediction.galaxies import Classifier
+from .prediction.merge import TABLES, merge_predictions
+from .prediction.survey import predict_galaxies, predict_survey
 from .publishing.hub import check_push, push_folder
 from .training.arguments import FrozenStageArguments, UnfrozenStageArguments, unfrozen_arguments_from_scratch
 from .training.cross_validation import CrossValidation, cross_validate, write_cross_validation
@@ -136,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_curve_options(curve)
     predict = _add_command(commands, "predict", help="write a table of predictions for a catalog or a folder of images")
     _add_predict_options(predict)
+    merge = _add_command(commands, "merge", help="turn the folder that predict wrote into one table")
+    _add_merge_options(merge)
     cache = _add_command(commands, "cache", help="list the embeddings that are kept on disk, or delete them")
     cache.add_argument("--clear", action="store_true", help="delete them all")
     cache.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -150,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (demo, tune, curve, predict):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    for command in (demo, tune, curve, predict, push, export):
+    for command in (demo, tune, curve, predict, merge, push, export):
         command.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
 
@@ -269,15 +274,50 @@ def _add_training_options(tune: argparse.ArgumentParser) -> None:
 
 def _add_predict_options(predict: argparse.ArgumentParser) -> None:
     predict.add_argument("--model", required=True, help="folder or Hub id of a finetuned model")
-    predict.add_argument("--images", required=True, help="catalog, or folder with a catalog or images")
-    predict.add_argument("--output", required=True, type=Path, help="the table: .csv, .parquet, .fits, .vot or .ecsv")
+    predict.add_argument(
+        "--images",
+        required=True,
+        help="catalog, or folder with a catalog or images; for an output folder also a pattern for many catalogs, in "
+        "quotes",
+    )
+    predict.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="one table: .csv, .parquet, .fits, .vot or .ecsv; or a folder, for a survey of any size: the same command "
+        "goes on with a run that was stopped",
+    )
     predict.add_argument(
         "--batch_size",
         type=_number(int, 1),
-        default=32,
-        help="galaxies that the encoder sees at once (default: %(default)s)",
+        help="galaxies that the encoder sees at once (default: what suits the device)",
+    )
+    predict.add_argument(
+        "--prevalence", choices=PREVALENCES, help="probabilities for this prevalence (default: the model's own)"
+    )
+    predict.add_argument(
+        "--torch_compile", action="store_true", help="compile the model, which pays from some thousand images on"
+    )
+    predict.add_argument(
+        "--retry_failures", action="store_true", help="try again what an earlier run into the folder couldn't read"
+    )
+    predict.add_argument(
+        "--max_failures", type=_number(int, 0), help="stop a run into a folder after more failures than this"
     )
     predict.set_defaults(command=_predict)
+
+
+def _add_merge_options(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("folder", type=Path, metavar="FOLDER", help="what predict wrote and finished")
+    merge.add_argument("--output", required=True, type=Path, help="the table: .parquet, .csv, .fits or .vot")
+    merge.add_argument(
+        "--table",
+        choices=TABLES,
+        default="predictions",
+        help="for a decision tree also Galaxy Zoo's friendly and advanced tables (default: %(default)s)",
+    )
+    merge.add_argument("--catalog", type=Path, help="a catalog whose columns are joined by id_str")
+    merge.set_defaults(command=_merge)
 
 
 def _add_push_options(push: argparse.ArgumentParser) -> None:
@@ -428,12 +468,53 @@ def _curve(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    if not options.output.suffix:
+        return _predict_survey(options)
+    return _predict_table(options)
+
+
+def _predict_survey(options: argparse.Namespace) -> int:
+    device = _check_device(options.device)
+    model, processor = _load_classifier(options.model)
+    done = predict_survey(
+        model,
+        processor,
+        options.images,
+        options.output,
+        model_name=options.model,
+        batch_size=options.batch_size,
+        device=device,
+        prevalence=options.prevalence,
+        torch_compile=options.torch_compile,
+        retry_failures=options.retry_failures,
+        max_failures=options.max_failures,
+    )
+    if PartialState().is_main_process:
+        print(f"{done.galaxies - done.failures} galaxies: {done.folder / 'predictions'}")
+        if done.failures:
+            path = done.folder / "failures.parquet"
+            _complain(f"{done.failures} of {done.galaxies} galaxies can't be predicted; their reasons: {path}")
+    return 1 if done.failures else 0
+
+
+def _predict_table(options: argparse.Namespace) -> int:
+    for name in ("retry_failures", "max_failures"):
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"{name} is for an output folder, and {options.output} is one table; leave it out.")
     device = _check_device(options.device)
     failures_path = options.output.with_name(f"{options.output.stem}-failures.csv")
     _check_tables(Path(options.images), options.output, failures_path)
     catalog = read_galaxies(options.images, images_must_exist=False)
     model, processor = _load_finetuned(options.model)
-    table, failures = predict_galaxies(model, processor, catalog, batch_size=options.batch_size, device=device)
+    table, failures = predict_galaxies(
+        model,
+        processor,
+        catalog,
+        batch_size=options.batch_size,
+        device=device,
+        prevalence=options.prevalence,
+        torch_compile=options.torch_compile,
+    )
     write_catalog(table, options.output)
     print(f"{len(table)} galaxies: {options.output}")
     if failures.empty:
@@ -442,6 +523,13 @@ def _predict(options: argparse.Namespace) -> int:
     write_catalog(failures, failures_path)
     _complain(f"{len(failures)} of {len(catalog)} images can't be read; their reasons: {failures_path}")
     return 1
+
+
+def _merge(options: argparse.Namespace) -> int:
+    check_catalog_can_be_written(options.output)
+    count = merge_predictions(options.folder, options.output, table=options.table, catalog=options.catalog)
+    print(f"{count} galaxies: {options.output}")
+    return 0
 
 
 def _cache(options: argparse.Namespace) -> int:
@@ -502,6 +590,13 @@ def _load_finetuned(name: str) -> tuple[ZoobotForImageClassification, ZoobotImag
             f"model is {name!r}, which zoobot-hf has not finetuned; run zoobot-hf finetune --encoder {name}."
         )
     return ZoobotForImageClassification.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
+
+
+def _load_classifier(name: str) -> tuple[Classifier, ZoobotImageProcessor]:
+    folder = local_copy(name)
+    if read_configuration(folder).get("decision_tree"):
+        return ZoobotForGalaxyZoo.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
+    return _load_finetuned(name)
 
 
 def _load(options: argparse.Namespace) -> Dataset | DatasetDict:

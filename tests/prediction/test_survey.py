@@ -1,119 +1,353 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from astropy.io import fits
 from PIL import Image
 
-from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, predict_galaxies, read_galaxies
-from zoobot_hf.data.images import DECODING_THREADS
+from zoobot_hf import predict_galaxies, read_galaxies
+from zoobot_hf.data.catalog import CatalogError
+from zoobot_hf.prediction import shards, survey
+from zoobot_hf.prediction.survey import SurveyError, predict_survey
+
+SIZES = {"shard_size": 6, "batch_size": 4}
 
 
 @pytest.fixture
-def catalog(galaxy_folder):
-    return read_galaxies(galaxy_folder)
+def predict(layer_norm_model, processor, galaxy_folder, tmp_path):
+    """Predicts the drawn galaxies into tmp_path/out, and gives the table."""
+
+    def run(model=layer_norm_model, catalog=galaxy_folder, output=tmp_path / "out", **options):
+        done = predict_survey(model, processor, catalog, output, **{**SIZES, **options})
+        return done, pd.read_parquet(Path(output) / "predictions"), pd.read_parquet(Path(output) / "failures.parquet")
+
+    return run
 
 
-def own_probabilities(model, processor, images):
-    with torch.no_grad():
-        return model(pixel_values=processor(images)["pixel_values"]).logits.softmax(-1).numpy()
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "vit_model", "timm_model"])
-@pytest.mark.parametrize("batch_size", [1, 7, 40, 100])
-def test_the_table_says_what_the_model_says(name, batch_size, request, processor, catalog, galaxy_images):
-    model = request.getfixturevalue(name)
-    table, failures = predict_galaxies(model, processor, catalog, batch_size=batch_size)
-    expected = own_probabilities(model, processor, galaxy_images)
-    assert table["id_str"].tolist() == catalog["id_str"].tolist()
-    assert np.abs(table["probability_ring"].to_numpy() - expected[:, 1]).max() < 1e-6
-    assert np.abs(table["probability_not_ring"].to_numpy() - expected[:, 0]).max() < 1e-6
-    assert (table["predicted_label"] == np.where(expected[:, 1] > expected[:, 0], "ring", "not ring")).all()
-    assert expected[:, 1].std() > 1e-5  # and not the same for every galaxy
+def damage_files(folder):
+    """Eight galaxies of the folder, each in another way not to be read; and their reasons."""
+    path = lambda number: folder / f"images/galaxy_{number:02d}.png"  # noqa: E731
+    path(0).write_bytes(b"")
+    path(3).write_text("not an image")
+    path(11).unlink()
+    path(12).write_bytes(path(13).read_bytes()[:2000])
+    Image.new("F", (8, 8)).save(path(20), format="TIFF")
+    path(21).unlink()
+    path(21).mkdir()
+    Image.new("1", (10_000, 10_000)).save(path(38), format="PNG")
+    fits.PrimaryHDU(np.full((8, 8), np.nan)).writeto(folder / "nan.fits", overwrite=True)
+    (folder / "nan.fits").replace(path(39))
+    return {
+        "galaxy_00": "the file is empty",
+        "galaxy_03": "it is not an image in a format that PIL knows",
+        "galaxy_11": "there is no such file",
+        "galaxy_12": "it is damaged",
+        "galaxy_20": "the processor refuses it",
+        "galaxy_21": "it is damaged",
+        "galaxy_38": "it has over 89 million pixels and may be a decompression bomb",
+        "galaxy_39": "the processor refuses it: 64 of 64 pixels are NaN or infinite",
+    }
+
+
+def test_the_shards_together_are_the_table_of_the_whole_catalog(
+    predict, layer_norm_model, processor, galaxy_folder, tmp_path
+):
+    done, table, failures = predict(model_name="astronomer/rings")
+    expected = predict_galaxies(layer_norm_model, processor, read_galaxies(galaxy_folder), batch_size=4).table
+    assert done == (tmp_path / "out", 40, 0)
+    assert len(list((tmp_path / "out/predictions").iterdir())) == 7
+    assert table["id_str"].tolist() == expected["id_str"].tolist()
+    assert table["predicted_label"].tolist() == expected["predicted_label"].tolist()
+    assert np.abs(table["probability_ring"] - expected["probability_ring"]).max() < 1e-6
+    assert list(failures.columns) == ["id_str", "file_loc", "reason"]
     assert failures.empty
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["model"] == "astronomer/rings"
+    assert manifest["galaxies"] == 40
+    assert manifest["finished"] is True
+    assert manifest["processor"]["size"] == {"height": 32, "width": 32}
 
 
-def test_the_catalogs_order_is_kept(layer_norm_model, processor, catalog):
-    shuffled = catalog.sample(frac=1, random_state=0)
-    in_order = predict_galaxies(layer_norm_model, processor, catalog, batch_size=8).table.set_index("id_str")
-    table = predict_galaxies(layer_norm_model, processor, shuffled, batch_size=8).table
-    assert table["id_str"].tolist() == shuffled["id_str"].tolist()
-    expected = in_order.loc[table["id_str"], "probability_ring"].to_numpy()
-    assert np.abs(table["probability_ring"].to_numpy() - expected).max() < 1e-6
+def test_a_finished_run_is_not_computed_again(predict, monkeypatch):
+    _, expected, _ = predict()
+    monkeypatch.setattr(survey, "run_galaxies", lambda *args, **options: pytest.fail("computed"))
+    _, table, _ = predict()
+    pd.testing.assert_frame_equal(table, expected)
 
 
-def test_dropout_and_batch_statistics_have_no_say(batch_norm_model, processor, catalog):
-    expected = predict_galaxies(batch_norm_model, processor, catalog).table
-    again = predict_galaxies(batch_norm_model.train(), processor, catalog).table
-    pd.testing.assert_frame_equal(again, expected)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "empty", "half-written"])
+def test_a_shard_that_is_not_whole_is_computed_again(predict, damage, tmp_path):
+    _, expected, _ = predict()
+    path = tmp_path / "out/predictions/000003.parquet"
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:-100])
+    elif damage == "flipped":
+        place = content.index(b"galaxy_18")
+        content[place + 7 : place + 9] = b"99"
+        path.write_bytes(content)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.rename(path.with_name(".partial-1-000003.parquet"))
+    _, table, _ = predict()
+    pd.testing.assert_frame_equal(table, expected)
+    assert len(list((tmp_path / "out/predictions").iterdir())) == 7
 
 
-def test_what_cannot_be_read_is_listed_with_its_reason(layer_norm_model, processor, catalog, galaxy_images):
-    paths = catalog["file_loc"]
-    open(paths[0], "wb").close()
-    with open(paths[11], "w") as file:
-        file.write("not an image")
-    Image.new("F", (8, 8)).save(paths[12], format="TIFF")
-    catalog.loc[39, "file_loc"] = "/nowhere/galaxy.png"
-    table, failures = predict_galaxies(layer_norm_model, processor, catalog, batch_size=12)
-    broken = [0, 11, 12, 39]
-    assert failures["id_str"].tolist() == catalog["id_str"][broken].tolist()
-    assert failures["file_loc"].tolist() == catalog["file_loc"][broken].tolist()
-    assert failures["reason"].str.split(":").str[0].tolist() == [
-        "the file is empty",
-        "it is not an image in a format that PIL knows",
-        "the processor refuses it",
-        "there is no such file",
+def test_bad_files_are_failures_with_their_reason_and_no_other_row_moves(predict, galaxy_folder, tmp_path):
+    _, clean, _ = predict()
+    reasons = damage_files(galaxy_folder)
+    done, table, failures = predict(output=tmp_path / "again")
+    assert failures["id_str"].tolist() == list(reasons)
+    assert done.failures == len(reasons)
+    for reason, beginning in zip(failures["reason"], reasons.values(), strict=True):
+        assert reason.startswith(beginning)
+    left = clean[~clean["id_str"].isin(reasons)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(table, left)  # to the last bit
+
+
+def test_failures_are_tried_again_when_asked(predict, galaxy_folder, tmp_path):
+    _, clean, _ = predict(output=tmp_path / "clean")
+    whole = shutil.copytree(galaxy_folder / "images", tmp_path / "whole")
+    reasons = damage_files(galaxy_folder)
+    predict()
+    (galaxy_folder / "images/galaxy_21.png").rmdir()
+    shutil.copytree(whole, galaxy_folder / "images", dirs_exist_ok=True)
+    (galaxy_folder / "images/galaxy_38.png").write_bytes(b"")
+    assert len(predict()[2]) == len(reasons)  # not unasked
+    done, table, failures = predict(retry_failures=True)
+    assert done.failures == 1
+    assert failures.to_numpy().tolist() == [
+        ["galaxy_38", str(galaxy_folder / "images/galaxy_38.png"), "the file is empty"]
     ]
-    left = [index for index in range(40) if index not in broken]
-    assert table["id_str"].tolist() == catalog["id_str"][left].tolist()
-    expected = own_probabilities(layer_norm_model, processor, [galaxy_images[index] for index in left])
-    assert np.abs(table["probability_ring"].to_numpy() - expected[:, 1]).max() < 1e-6
+    pd.testing.assert_frame_equal(table, clean[clean["id_str"] != "galaxy_38"].reset_index(drop=True))
 
 
-def test_a_batch_without_a_readable_galaxy_is_passed_over(layer_norm_model, processor, catalog):
-    for path in catalog["file_loc"][5:10]:
-        open(path, "wb").close()
-    table, failures = predict_galaxies(layer_norm_model, processor, catalog, batch_size=5)
-    assert len(table) == 35
-    assert len(failures) == 5
+def test_where_all_of_a_shard_fail_the_table_can_still_be_read(predict, galaxy_folder):
+    for number in range(6):
+        (galaxy_folder / f"images/galaxy_{number:02d}.png").unlink()
+    _, table, failures = predict()
+    assert len(failures) == 6
+    assert table["id_str"].tolist() == [f"galaxy_{number:02d}" for number in range(6, 40)]
+    assert table["probability_ring"].dtype == np.float32
 
 
-def test_where_all_fail_the_table_is_empty(layer_norm_model, processor, catalog):
-    catalog["file_loc"] = "/nowhere/galaxy.png"
-    table, failures = predict_galaxies(layer_norm_model, processor, catalog)
-    assert list(table.columns) == ["id_str", "predicted_label", "probability_not_ring", "probability_ring"]
-    assert table.empty
-    assert len(failures) == 40
-    assert set(failures["reason"]) == {"there is no such file"}
+def test_too_many_failures_stop_the_run_and_finished_shards_stay(predict, galaxy_folder, tmp_path):
+    for number in range(20, 40):
+        (galaxy_folder / f"images/galaxy_{number:02d}.png").unlink()
+    with pytest.raises(SurveyError, match=r"galaxies can't be predicted, and max_failures is 5; the last one is .*png"):
+        predict(max_failures=5)
+    assert len(list((tmp_path / "out/predictions").iterdir())) == 4
+    assert len(predict(max_failures=20)[2]) == 20
 
 
-def test_a_regression_is_predicted_in_its_own_units(layer_norm_model, processor, catalog, galaxy_images):
-    encoder_config = layer_norm_model.config.encoder_config
-    labels = {0: "bar fraction", 1: "ring fraction"}
-    config = ZoobotConfig(encoder_config, problem_type="regression", unit_interval=True, id2label=labels)
-    model = ZoobotForImageClassification(config).eval()
-    table = predict_galaxies(model, processor, catalog).table
-    assert list(table.columns) == ["id_str", "predicted_bar_fraction", "predicted_ring_fraction"]
-    with torch.no_grad():
-        expected = model(pixel_values=processor(galaxy_images)["pixel_values"]).logits
-    assert np.abs(table.iloc[:, 1:].to_numpy(dtype=float) - expected.numpy()).max() < 1e-6
-    assert table.iloc[:, 1:].to_numpy().min() > 0
+def test_another_model_on_the_same_output_is_refused(predict, batch_norm_model, tmp_path):
+    _, expected, _ = predict()
+    with pytest.raises(SurveyError, match=r"holds the predictions of another model .*choose another output"):
+        predict(model=batch_norm_model)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out/predictions"), expected)
 
 
-def test_only_two_batches_are_held_at_once(layer_norm_model, processor, catalog, monkeypatch):
-    opened, predicted, ahead = [], [], []
+def test_a_catalog_that_has_changed_is_refused(predict, galaxy_folder):
+    predict()
+    with open(galaxy_folder / "catalog.csv", "a") as file:
+        file.write("one_more,images/galaxy_00.png,1\n")
+    with pytest.raises(SurveyError, match="another catalog, or one that has changed since"):
+        predict()
 
-    def count_opened(self, image, **keywords):
-        opened.append(image)
-        return torch.zeros(3, 32, 32, dtype=torch.uint8)
 
-    def count_predicted(pixel_values, **keywords):
-        ahead.append(len(opened) - len(predicted))
-        predicted.extend(pixel_values)
-        return type("Output", (), {"logits": torch.zeros(len(pixel_values), 2)})
+def test_a_folder_without_its_manifest_is_refused(predict, tmp_path):
+    predict()
+    (tmp_path / "out/manifest.json").write_text("{")
+    with pytest.raises(SurveyError, match=r"no manifest.json that can be read"):
+        predict()
 
-    monkeypatch.setattr(type(processor), "crop_and_resize", count_opened)
-    monkeypatch.setattr(layer_norm_model, "forward", count_predicted)
-    predict_galaxies(layer_norm_model, processor, catalog, batch_size=5)
-    assert len(opened) == len(predicted) == 40
-    assert max(ahead) <= 3 * 5 + DECODING_THREADS
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [(["a,a.png", "b,b.png", "a,c.png"], "more than once for 1 galaxy: 'a'"), ([], "has no rows")],
+)
+def test_a_catalog_with_duplicates_or_without_rows_is_refused(predict, tmp_path, lines, message):
+    path = tmp_path / "bad.csv"
+    path.write_text("\n".join(["id_str,file_loc", *lines]) + "\n")
+    with pytest.raises(CatalogError, match=message):
+        predict(catalog=path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named_and_finished_shards_stay(predict, monkeypatch, tmp_path):
+    _, expected, _ = predict(output=tmp_path / "clean")
+    real_write = shards.pq.write_table
+
+    def write(table, path, **options):
+        if "000002" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real_write(table, path, **options)
+
+    monkeypatch.setattr(shards.pq, "write_table", write)
+    with pytest.raises(OSError, match=r"000002\.parquet can't be written: No space left on device. What is finished"):
+        predict()
+    assert sorted(os.listdir(tmp_path / "out/predictions")) == ["000000.parquet", "000001.parquet"]
+    monkeypatch.undo()
+    pd.testing.assert_frame_equal(predict()[1], expected)
+
+
+def test_a_threshold_selects_galaxies(predict, layer_norm_model, tmp_path):
+    table = predict()[1]
+    threshold = float(table["probability_ring"].median())
+    layer_norm_model.config.decision_threshold = {"ring": threshold}
+    table = predict(output=tmp_path / "selected")[1]
+    assert table["selected"].dtype == bool
+    assert (table["selected"] == (table["probability_ring"] >= np.float32(threshold))).all()
+    assert 0 < table["selected"].sum() < 40
+
+
+def test_the_prevalence_decides_the_probabilities(predict, layer_norm_model, tmp_path):
+    layer_norm_model.config.training_prevalence = {"ring": 0.5, "not ring": 0.5}
+    layer_norm_model.config.sky_prevalence = {"ring": 0.1, "not ring": 0.9}
+    layer_norm_model.config.predictions_for = "sky"
+    sky = predict()[1]["probability_ring"].astype(float)
+    training = predict(output=tmp_path / "training", prevalence="training")[1]["probability_ring"].astype(float)
+    assert np.allclose(sky / (1 - sky) * 9, training / (1 - training), rtol=1e-5)  # odds, by Bayes' theorem
+
+
+# Several processes, and killed ones ---------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+import torch
+torch.set_num_threads(1)
+from tiny_models import tiny_model
+from zoobot_hf import ZoobotImageProcessor
+from zoobot_hf.prediction import survey
+predict = lambda: survey.predict_survey(
+    tiny_model("layer_norm"), ZoobotImageProcessor(32), sys.argv[1], sys.argv[2], shard_size=6, batch_size=4)
+"""
+
+
+def prepare(body):
+    """A script, and the environment in which it finds the package and the tiny models."""
+    script = SCRIPT + textwrap.dedent(body)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    return script, environment
+
+
+PREDICT = """
+from accelerate import PartialState
+print(predict(), PartialState().num_processes)
+"""
+# The second process kills itself at its second shard.
+PREDICT_AND_DIE = """
+import os, signal
+write = survey.write_shard
+def write_once(path, shard):
+    if path.name == "000003.parquet":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, shard)
+survey.write_shard = write_once
+predict()
+"""
+
+
+def launch(folder, output, *, processes, body=PREDICT):
+    script, environment = prepare(body)
+    path = output.with_name("predict.py")
+    path.write_text(script)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    return subprocess.run(
+        [*command, path, folder, output], env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_any_number_of_processes_gives_the_same_table(predict, processes, galaxy_folder, tmp_path):
+    (galaxy_folder / "images/galaxy_17.png").write_bytes(b"")
+    _, expected, expected_failures = predict()
+    output = tmp_path / "shared_out"
+    done = launch(galaxy_folder, output, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"galaxies=40, failures=1) {processes}") == processes
+    assert done.stderr.count("predicting:   0%") == 1  # one bar
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected)
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "failures.parquet"), expected_failures)
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_is_killed_the_next_run_ends_as_an_unbroken_one(predict, galaxy_folder, tmp_path):
+    _, expected, _ = predict()
+    output = tmp_path / "shared_out"
+    assert launch(galaxy_folder, output, processes=2, body=PREDICT_AND_DIE).returncode != 0
+    assert (output / "predictions/000001.parquet").exists()
+    assert not (output / "predictions/000003.parquet").exists()
+    assert launch(galaxy_folder, output, processes=2).returncode == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected)
+
+
+# Forks of a process that has imported everything; each is killed at a moment between its start and its end.
+KILL = """
+import os, random, signal, time
+moments, kills, finished = random.Random(0), 0, 0
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        predict()
+        os._exit(0)
+    return child
+
+started = time.monotonic()
+assert os.waitpid(fork(), 0)[1] == 0
+limit = time.monotonic() - started
+while True:
+    os.rename(sys.argv[2], f"{sys.argv[2]}-{finished}")
+    finished += 1
+    if kills >= int(sys.argv[3]):
+        break
+    while True:
+        child = fork()
+        if kills < int(sys.argv[3]):
+            time.sleep(moments.uniform(0, limit))
+            os.kill(child, signal.SIGKILL)
+        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            break
+        kills += 1
+print(kills, "kills")
+"""
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_runs_that_are_killed_again_and_again_end_as_an_unbroken_one(predict, kills, galaxy_folder, tmp_path):
+    (galaxy_folder / "images/galaxy_17.png").write_bytes(b"")
+    _, expected, expected_failures = predict()
+    (tmp_path / "killed").mkdir()
+    script, environment = prepare(KILL)
+    done = subprocess.run(
+        [sys.executable, "-c", script, galaxy_folder, tmp_path / "killed/out", str(kills)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) >= kills
+    outputs = list((tmp_path / "killed").iterdir())
+    assert len(outputs) > 1
+    for output in outputs:
+        pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected)
+        pd.testing.assert_frame_equal(pd.read_parquet(output / "failures.parquet"), expected_failures)
+        assert sorted(path.name for path in output.iterdir()) == ["failures.parquet", "manifest.json", "predictions"]

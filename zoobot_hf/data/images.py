@@ -1,6 +1,11 @@
 """Open images, and find those that can't be opened before a long run depends on them."""
 
+import bz2
+import gzip
 import io
+import os
+import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,14 +13,24 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
+from astropy.io import fits
+from astropy.utils.exceptions import AstropyWarning
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 # PIL releases the interpreter while it decodes, so threads help.
-DECODING_THREADS = 4
+DECODING_THREADS = max(4, os.cpu_count() or 4)
+# How files in FITS begin, and how compressed ones do, which FITS files often are.
+FITS_BEGINNING, GZIP_BEGINNING, BZIP2_BEGINNING = b"SIMPLE  =", b"\x1f\x8b", b"BZh"
+# As many values as PIL's limit for pixels; a small compressed file can't ask for all of the memory.
+LARGEST_FITS = 89_478_485 * 8
+
+Planes = dict[str, npt.NDArray[np.float64]]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,11 +40,12 @@ class UnreadableImageError(ValueError):
     """An image that can't be opened; the message says why."""
 
 
-def open_image(source: str | Path | bytes) -> Image.Image:
-    """A decoded image.
+def open_image(source: str | Path | bytes) -> Image.Image | Planes:
+    """A decoded image: of a FITS file its planes by name, of any other format a PIL image.
 
     Args:
-        source: Path of a file in a format that PIL knows, or such a file's content.
+        source: Path of a file in FITS or in a format that PIL knows, or such a file's content. FITS may be compressed:
+            `.gz`, `.bz2`, `.fz`.
 
     Raises:
         UnreadableImageError: The file is missing, empty, not an image, truncated, or so large that it is likely a
@@ -37,6 +53,74 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     """
     if source == b"" or (not isinstance(source, bytes) and Path(source).is_file() and not Path(source).stat().st_size):
         raise UnreadableImageError("the file is empty")
+    beginning = source[:10] if isinstance(source, bytes) else _read_beginning(source)
+    if beginning.startswith((FITS_BEGINNING, GZIP_BEGINNING, BZIP2_BEGINNING)):
+        return _open_fits(source if isinstance(source, bytes) else Path(source).read_bytes())
+    return _open_with_pil(source)
+
+
+def _read_beginning(path: str | Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(10)
+    except FileNotFoundError as error:
+        raise UnreadableImageError("there is no such file") from error
+    except OSError as error:
+        raise UnreadableImageError(f"it is damaged: {error}") from error
+
+
+def _open_fits(content: bytes) -> Planes:
+    """The planes of a FITS file, float64, first row at the top, scaled by its BSCALE and BZERO.
+
+    A plane is called after its extension, or by the extension's number where it has no name; of a cube ":0", ":1" and
+    so on follow. What is BLANK becomes NaN.
+    """
+    try:
+        content = _decompress(content)
+        if len(content) % 2880:  # FITS files are blocks of this length
+            raise ValueError("it ends in the middle of a block")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", AstropyWarning)  # how astropy says that a file is truncated
+            warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
+            with fits.open(io.BytesIO(content), memmap=False) as extensions:
+                planes = dict(_read_planes(extensions))
+    except (AstropyWarning, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, zlib.error) as error:
+        raise UnreadableImageError(f"it is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if not planes:
+        raise UnreadableImageError("it is a FITS file without an image")
+    return planes
+
+
+def _decompress(content: bytes) -> bytes:
+    if not content.startswith((GZIP_BEGINNING, BZIP2_BEGINNING)):
+        return content
+    open_compressed = gzip.open if content.startswith(GZIP_BEGINNING) else bz2.open
+    with open_compressed(io.BytesIO(content), "rb") as file:
+        whole: bytes = file.read(LARGEST_FITS + 1)
+    if len(whole) > LARGEST_FITS:
+        raise ValueError("it has over 89 million pixels and may be a decompression bomb")
+    if not whole.startswith(FITS_BEGINNING):
+        raise ValueError("what is compressed in it is no FITS file")
+    return whole
+
+
+def _read_planes(extensions: fits.HDUList) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+    for number, extension in enumerate(extensions):
+        if not extension.is_image:
+            continue
+        if np.prod(extension.shape, dtype=float) * 8 > LARGEST_FITS:
+            raise ValueError("it has over 89 million pixels and may be a decompression bomb")
+        if not 2 <= len([length for length in extension.shape if length != 1]) <= 3:
+            continue
+        values = np.squeeze(np.asarray(extension.data, dtype=np.float64))[..., ::-1, :]
+        name = str(number) if extension.name in ("", "PRIMARY", "COMPRESSED_IMAGE") else extension.name
+        if values.ndim == 2:
+            yield name, values
+        else:
+            yield from ((f"{name}:{plane}", values[plane]) for plane in range(len(values)))
+
+
+def _open_with_pil(source: str | Path | bytes) -> Image.Image:
     try:
         # The file is closed also where the image can't be decoded; the pixels stay.
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:

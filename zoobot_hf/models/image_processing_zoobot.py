@@ -12,11 +12,17 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import TensorType
 
+try:
+    from astropy.visualization import make_lupton_rgb
+except ImportError:  # this file also travels in repositories, and images that are not FITS do without it
+    make_lupton_rgb = None
+
 # PIL's modes for 16-bit images; "I" has room for 32 bits, but is how older versions of PIL open 16-bit PNG files.
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I")
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as transformers keeps them
 # Far above any encoder's; a damaged preprocessor_config.json can't ask for all of the memory.
 LARGEST_SIZE = 4096
+STRETCHES = ("asinh", "lupton", "linear")
 
 
 class ZoobotImageProcessor(BaseImageProcessor):
@@ -34,11 +40,23 @@ class ZoobotImageProcessor(BaseImageProcessor):
         do_normalize: Whether `image_mean` is subtracted and the result divided by `image_std`.
         image_mean: A mean for each channel, after rescaling.
         image_std: A standard deviation for each channel, after rescaling.
+        fits_bands: For FITS images the names of the planes that become red, green and blue, or the one that becomes
+            grey: extension names, or numbers as text, with ":0", ":1", ... for the planes of a cube. Not needed where
+            a file has a single plane.
+        fits_stretch: How FITS values become 0-255. "linear" cuts them at `fits_percentiles` and scales them to 0-1;
+            "asinh" then takes asinh(x * `fits_softening`), which at 1 ends at 0.88 as galaxy-datasets has it for
+            Zoobot (`fits_to_jpg_like_scaling`) and beyond 1.18, where it would exceed 1, is scaled to end there;
+            "lupton" makes colours as Lupton et al. 2004, PASP 116, 133, through astropy.
+        fits_percentiles: Two percentiles of the finite pixels of all bands together, 0-100.
+        fits_softening: The factor in "asinh", above 0.
+        fits_lupton: For "lupton" the minimum, the stretch and Q, in the units of the image.
+        fits_most_bad_pixels: Largest share of pixels, 0-1, that may be NaN or infinite. Those are black; an image
+            with more is refused.
         **kwargs: Kept as attributes, as transformers does.
 
     Raises:
         ValueError: A size that isn't square, a zoom below 1, another interpolation, numbers of channels that don't
-            agree, or a standard deviation of 0.
+            agree, a standard deviation of 0, or FITS settings that don't exist.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  transformers declares it so
@@ -54,6 +72,12 @@ class ZoobotImageProcessor(BaseImageProcessor):
         do_normalize: bool = False,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        fits_bands: list[str] | None = None,
+        fits_stretch: str = "asinh",
+        fits_percentiles: tuple[float, float] | list[float] = (0.0, 99.7),
+        fits_softening: float = 1.0,
+        fits_lupton: tuple[float, float, float] | list[float] = (0.0, 5.0, 8.0),
+        fits_most_bad_pixels: float = 0.1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -65,6 +89,12 @@ class ZoobotImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = image_mean
         self.image_std = image_std
+        self.fits_bands = fits_bands
+        self.fits_stretch = fits_stretch
+        self.fits_percentiles = list(fits_percentiles)
+        self.fits_softening = fits_softening
+        self.fits_lupton = list(fits_lupton)
+        self.fits_most_bad_pixels = fits_most_bad_pixels
         self._check()
 
     @property
@@ -77,7 +107,7 @@ class ZoobotImageProcessor(BaseImageProcessor):
 
         Args:
             images: PIL images or arrays: uint8 (0-255) or uint16 (0-65535), (height, width) or
-                (height, width, channels).
+                (height, width, channels). Of a FITS file its planes by name, float, (height, width) each.
             return_tensors: "pt" for torch tensors, "np" for numpy arrays.
             **kwargs: Not used; transformers passes some.
 
@@ -127,6 +157,8 @@ class ZoobotImageProcessor(BaseImageProcessor):
         return (pixel_values - mean) / std
 
     def _as_eight_bit(self, image: Any) -> Image.Image:
+        if isinstance(image, dict):
+            image = self._render(image)
         picture = image if isinstance(image, Image.Image) else Image.fromarray(_as_eight_bit_array(image))
         if min(picture.size) == 0:
             raise ValueError(f"the image has {picture.width} x {picture.height} pixels; at least 1 x 1 is needed.")
@@ -139,7 +171,49 @@ class ZoobotImageProcessor(BaseImageProcessor):
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), with_alpha)
         return picture.convert("RGB" if self.num_channels == 3 else "L")
 
+    def _render(self, planes: dict[str, NDArray[np.float64]]) -> NDArray[np.uint8]:
+        """The chosen bands of a FITS image as uint8, 0-255: (height, width), or (height, width, 3)."""
+        bands = self._choose_bands(planes)
+        is_good = np.isfinite(bands)
+        bad = int(is_good.size - is_good.sum())
+        if bad == is_good.size or bad > self.fits_most_bad_pixels * is_good.size:
+            raise ValueError(
+                f"{bad} of {is_good.size} pixels are NaN or infinite, and fits_most_bad_pixels is "
+                f"{self.fits_most_bad_pixels:g}."
+            )
+        if self.fits_stretch == "lupton":
+            minimum, stretch, softening = self.fits_lupton
+            red, green, blue = np.where(is_good, bands, minimum)
+            return np.asarray(make_lupton_rgb(red, green, blue, minimum=minimum, stretch=stretch, Q=softening))
+        low, high = np.percentile(bands[is_good], self.fits_percentiles)
+        if not high > low:
+            raise ValueError(f"its pixels are all {low:g} between the percentiles {self.fits_percentiles}.")
+        scaled = (np.where(is_good, bands, low).clip(low, high) - low) / (high - low)
+        if self.fits_stretch == "asinh":
+            scaled = np.arcsinh(scaled * self.fits_softening) / max(1, math.asinh(self.fits_softening))
+        levels = np.round(255 * scaled.clip(0, 1)).astype(np.uint8)
+        return np.asarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1))
+
+    def _choose_bands(self, planes: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """The chosen bands, (1 or 3, height, width)."""
+        names = ", ".join(planes)
+        if self.fits_bands is None and len(planes) > 1:
+            raise ValueError(
+                f"it has {len(planes)} planes ({names}); say in fits_bands which one is grey, or red, green, blue."
+            )
+        wanted = self.fits_bands or list(planes)
+        missing = [band for band in wanted if band not in planes]
+        if missing:
+            raise ValueError(f"it has no plane {missing[0]!r} of fits_bands; it has {names}.")
+        shapes = {planes[band].shape for band in wanted}
+        if len(shapes) > 1:
+            raise ValueError(f"its planes {', '.join(wanted)} have the shapes {sorted(shapes)}; choose equal ones.")
+        if self.fits_stretch == "lupton" and len(wanted) != 3:
+            raise ValueError(f"fits_stretch is 'lupton', which needs 3 bands; {len(wanted)} is there.")
+        return np.stack([planes[band] for band in wanted])
+
     def _check(self) -> None:
+        self._check_fits()
         height, width = self.size.get("height"), self.size.get("width")
         if not isinstance(height, int) or height != width or not 0 < height <= LARGEST_SIZE:
             raise ValueError(f"size is {self.size}; give an equal, positive height and width up to {LARGEST_SIZE}.")
@@ -156,6 +230,22 @@ class ZoobotImageProcessor(BaseImageProcessor):
                     raise ValueError(f"{name} is {values}; do_normalize needs {self.num_channels} numbers in it.")
             if not min(self.image_std or []) > 0:
                 raise ValueError(f"image_std is {self.image_std}; give numbers above 0.")
+
+    def _check_fits(self) -> None:
+        if self.fits_stretch not in STRETCHES:
+            raise ValueError(f"fits_stretch is {self.fits_stretch!r}; choose one of {', '.join(STRETCHES)}.")
+        if self.fits_stretch == "lupton" and make_lupton_rgb is None:
+            raise ValueError("fits_stretch is 'lupton', which needs astropy; install it.")
+        if self.fits_bands is not None and len(self.fits_bands) not in (1, 3):
+            raise ValueError(f"fits_bands is {self.fits_bands}; give one name, or three for red, green and blue.")
+        if len(self.fits_percentiles) != 2 or not 0 <= self.fits_percentiles[0] < self.fits_percentiles[1] <= 100:
+            raise ValueError(f"fits_percentiles is {self.fits_percentiles}; give a lower and a higher one, 0-100.")
+        if not 0 < self.fits_softening < math.inf:
+            raise ValueError(f"fits_softening is {self.fits_softening}; give a number above 0.")
+        if len(self.fits_lupton) != 3 or not min(self.fits_lupton[1:]) > 0:
+            raise ValueError(f"fits_lupton is {self.fits_lupton}; give a minimum, a stretch above 0 and Q above 0.")
+        if not 0 <= self.fits_most_bad_pixels <= 1:
+            raise ValueError(f"fits_most_bad_pixels is {self.fits_most_bad_pixels}; give a share from 0 to 1.")
 
 
 def _as_sixteen_bit_array(picture: Image.Image) -> NDArray[np.uint16]:

@@ -1,0 +1,107 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from astropy.io import fits, votable
+from astropy.table import Table
+
+from zoobot_hf.data.catalog import CatalogError
+from zoobot_hf.prediction.merge import merge_predictions
+from zoobot_hf.prediction.survey import SurveyError, predict_survey
+
+
+@pytest.fixture
+def survey_folder(layer_norm_model, processor, galaxy_folder, tmp_path):
+    sizes = {"shard_size": 12, "batch_size": 4}
+    return predict_survey(
+        layer_norm_model, processor, galaxy_folder, tmp_path / "out", model_name="astronomer/rings", **sizes
+    ).folder
+
+
+@pytest.fixture
+def expected(survey_folder):
+    return pd.read_parquet(survey_folder / "predictions")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".fits", ".vot"])
+def test_the_merged_table_is_all_of_the_shards(survey_folder, expected, suffix, tmp_path):
+    path = tmp_path / f"merged{suffix}"
+    assert merge_predictions(survey_folder, path) == 40
+    if suffix in (".fits", ".vot"):
+        table = Table.read(path).to_pandas()
+    else:
+        table = pd.read_csv(path) if suffix == ".csv" else pd.read_parquet(path)
+    assert table.columns.tolist() == expected.columns.tolist()
+    for name in ("id_str", "predicted_label"):
+        assert [value.decode() if isinstance(value, bytes) else value for value in table[name]] == list(expected[name])
+    np.testing.assert_allclose(table["probability_ring"], expected["probability_ring"], rtol=1e-6)
+
+
+def test_a_fits_table_says_what_it_holds(survey_folder, tmp_path):
+    merge_predictions(survey_folder, tmp_path / "merged.fits")
+    table = Table.read(tmp_path / "merged.fits")
+    assert table["probability_ring"].description == "Probability of the label, 0-1"
+    assert fits.getheader(tmp_path / "merged.fits", 1)["MODEL"] == "astronomer/rings"
+
+
+def test_a_votable_says_what_it_holds(survey_folder, tmp_path):
+    merge_predictions(survey_folder, tmp_path / "merged.vot")
+    table = votable.parse(tmp_path / "merged.vot", verify="exception").get_first_table()
+    assert {info.name: info.value for info in table.infos}["MODEL"] == "astronomer/rings"
+    field = table.get_field_by_id_or_name("probability_ring")
+    assert field.description == "Probability of the label, 0-1"
+    assert field.unit == ""
+
+
+def test_a_parquet_file_says_what_it_holds(survey_folder, tmp_path):
+    merge_predictions(survey_folder, tmp_path / "merged.parquet")
+    schema = pq.read_schema(tmp_path / "merged.parquet")
+    assert json.loads(schema.metadata[b"zoobot_hf"])["MODEL"] == "astronomer/rings"
+    assert schema.field("probability_ring").metadata[b"description"] == b"Probability of the label, 0-1"
+
+
+def test_the_catalogs_columns_are_joined(survey_folder, galaxy_folder, expected, galaxy_labels, tmp_path):
+    shuffled = pd.read_csv(galaxy_folder / "catalog.csv").sample(frac=1, random_state=0)
+    shuffled.to_csv(galaxy_folder / "shuffled.csv", index=False)
+    merge_predictions(survey_folder, tmp_path / "merged.parquet", catalog=galaxy_folder / "shuffled.csv")
+    table = pd.read_parquet(tmp_path / "merged.parquet")
+    assert table["id_str"].tolist() == expected["id_str"].tolist()
+    assert table["ring"].tolist() == list(galaxy_labels)
+
+
+def test_what_can_not_be_joined_is_named(survey_folder, galaxy_folder, tmp_path):
+    whole = pd.read_csv(galaxy_folder / "catalog.csv")
+    whole[1:].to_csv(galaxy_folder / "short.csv", index=False)
+    with pytest.raises(CatalogError, match="has no row for 1 galaxy: 'galaxy_00'"):
+        merge_predictions(survey_folder, tmp_path / "merged.csv", catalog=galaxy_folder / "short.csv")
+    whole.assign(probability_ring=1).to_csv(galaxy_folder / "twice.csv", index=False)
+    with pytest.raises(CatalogError, match="both have a column 'probability_ring'"):
+        merge_predictions(survey_folder, tmp_path / "merged.csv", catalog=galaxy_folder / "twice.csv")
+    assert not (tmp_path / "merged.csv").exists()
+
+
+def test_what_is_not_finished_or_damaged_is_not_merged(survey_folder, tmp_path):
+    with pytest.raises(SurveyError, match="holds no predictions of a survey"):
+        merge_predictions(tmp_path, tmp_path / "merged.csv")
+    (survey_folder / "predictions/000001.parquet").write_bytes(b"")
+    with pytest.raises(SurveyError, match=r"000001\.parquet is damaged or missing"):
+        merge_predictions(survey_folder, tmp_path / "merged.csv")
+    manifest = json.loads((survey_folder / "manifest.json").read_text())
+    (survey_folder / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
+    with pytest.raises(SurveyError, match="is not finished"):
+        merge_predictions(survey_folder, tmp_path / "merged.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("merged.txt", "predictions", "has the suffix '.txt'"),
+        ("merged.csv", "nice", "table is 'nice'"),
+        ("merged.csv", "friendly", "the model has no decision tree"),
+    ],
+)
+def test_formats_and_tables_that_do_not_exist_are_refused(survey_folder, tmp_path, name, table, message):
+    with pytest.raises(ValueError, match=message):
+        merge_predictions(survey_folder, tmp_path / name, table=table)

@@ -1,0 +1,219 @@
+"""Galaxies to a model's outputs: batch by batch, the images decoded while the encoder works."""
+
+import contextlib
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from zoobot_hf.data.images import UnreadableImageError, open_image, read_ahead
+from zoobot_hf.models.heads import probabilities_from_logits
+from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
+from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
+from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.training.machine import InferenceRunner, default_batch_size
+
+from .tables import survey_table
+
+FAILURE_COLUMNS = ["id_str", "file_loc", "reason"]
+Classifier = ZoobotForImageClassification | ZoobotForGalaxyZoo
+Row = dict[Hashable, Any]
+
+
+class Predictions(NamedTuple):
+    """What a model says of a catalog.
+
+    Attributes:
+        table: A row for each galaxy that could be read, in the catalog's order, as `survey_table` makes it.
+        failures: A row for each galaxy that could not: `id_str`, `file_loc`, `reason`.
+    """
+
+    table: pd.DataFrame
+    failures: pd.DataFrame
+
+
+class Galaxy(NamedTuple):
+    """What became of one galaxy.
+
+    Attributes:
+        row: Its row of the catalog, with `id_str` and `file_loc`; None for a place that was left empty.
+        output: (labels,), float32: probabilities, a regression's values or concentrations; None where it failed.
+        reason: Why it failed.
+    """
+
+    row: Row | None
+    output: npt.NDArray[np.float32] | None
+    reason: str
+
+
+def predict_galaxies(
+    model: Classifier,
+    processor: ZoobotImageProcessor,
+    catalog: pd.DataFrame,
+    *,
+    batch_size: int | None = None,
+    device: str | torch.device = "cpu",
+    prevalence: str | None = None,
+    torch_compile: bool = False,
+) -> Predictions:
+    """The predictions for every galaxy of a catalog, and the galaxies that can't be read.
+
+    All of them are held in memory; `predict_survey` is for catalogs of any size.
+
+    Args:
+        model: A finetuned model.
+        processor: The image processor that was saved with it.
+        catalog: With `id_str` and `file_loc`, as `read_galaxies` returns it.
+        batch_size: Galaxies that the encoder sees at once; what suits the device when absent.
+        device: Where the model runs.
+        prevalence: "sky" or "training": for galaxies with that prevalence; what the model's outputs are for when
+            absent.
+        torch_compile: Whether to compile the model, which pays from some thousand images on.
+
+    Raises:
+        ValueError: A prevalence that isn't known, or that the model lacks.
+    """
+    check_prevalence(model, prevalence)
+    rows = catalog[["id_str", "file_loc"]].to_dict("records")
+    found, failures = [], []
+    with (
+        inference_runner(model, batch_size=batch_size, device=device, torch_compile=torch_compile) as runner,
+        tqdm(total=len(catalog), desc="predicting", unit="galaxy") as progress,
+    ):
+        for batch in run_galaxies(model, processor, rows, runner=runner, prevalence=prevalence):
+            found += [galaxy for galaxy in batch if galaxy.output is not None]
+            failures += [galaxy for galaxy in batch if galaxy.output is None]
+            progress.update(len(batch))
+            progress.set_postfix(failures=len(failures))
+    table = table_of(found, model, prevalence=prevalence)
+    return Predictions(table, pd.DataFrame([failure_row(galaxy) for galaxy in failures], columns=FAILURE_COLUMNS))
+
+
+@contextlib.contextmanager
+def inference_runner(
+    model: Classifier, *, batch_size: int | None, device: str | torch.device, torch_compile: bool = False
+) -> Iterator[InferenceRunner]:
+    """What runs the model; afterwards the model's memory is as it was, so that it can be saved.
+
+    Args:
+        model: The model; it is moved to the device and left in evaluation mode.
+        batch_size: Galaxies that the encoder sees at once; what suits the device when absent.
+        device: Where the model runs.
+        torch_compile: Whether to compile the model.
+    """
+    model.to(device)
+    size = batch_size or default_batch_size(model.device)
+    try:
+        yield InferenceRunner(model, batch_size=size, torch_compile=torch_compile)
+    finally:
+        model.to(memory_format=torch.contiguous_format)  # safetensors saves no other
+
+
+def run_galaxies(
+    model: Classifier,
+    processor: ZoobotImageProcessor,
+    rows: Iterable[Row | None],
+    *,
+    runner: InferenceRunner,
+    prevalence: str | None = None,
+) -> Iterator[list[Galaxy]]:
+    """Batches of what became of the galaxies, in the order of the rows; the next are decoded while the encoder works.
+
+    A galaxy that can't be read keeps its place in its batch, so that no other galaxy's output depends on it.
+
+    Args:
+        model: The model that the runner runs.
+        processor: The image processor that was saved with it.
+        rows: Each with `id_str` and `file_loc`; None for a place in a batch that stays empty.
+        runner: From `inference_runner`.
+        prevalence: As in `predict_galaxies`.
+    """
+
+    def read(row: Row | None) -> tuple[Row | None, Tensor | None, str]:
+        if row is None:
+            return None, None, ""
+        try:
+            return row, processor.crop_and_resize(open_image(row["file_loc"])), ""
+        except UnreadableImageError as error:
+            return row, None, str(error)
+        except ValueError as error:
+            return row, None, f"the processor refuses it: {error}"
+        except OSError as error:
+            return row, None, f"it can't be opened: {error.strerror or error}"
+
+    for batch in read_ahead(read, rows, batch_size=runner.batch_size):
+        outputs = _run([field for _, field, _ in batch], model, processor, runner=runner, prevalence=prevalence)
+        yield [_judge(row, field, reason, output) for (row, field, reason), output in zip(batch, outputs, strict=True)]
+
+
+def table_of(galaxies: list[Galaxy], model: Classifier, *, prevalence: str | None) -> pd.DataFrame:
+    """The table of galaxies that could be read, in their order.
+
+    Args:
+        galaxies: Each with an output.
+        model: The model that gave it.
+        prevalence: As in `predict_galaxies`.
+    """
+    outputs = [galaxy.output for galaxy in galaxies if galaxy.output is not None]
+    values = np.stack(outputs) if outputs else np.empty((0, model.config.num_labels), np.float32)
+    identifiers = [galaxy.row["id_str"] for galaxy in galaxies if galaxy.row is not None]
+    return survey_table(identifiers, values, config=model.config, prevalence=prevalence)
+
+
+def failure_row(galaxy: Galaxy) -> dict[str, str]:
+    """The row of a table of failures.
+
+    Args:
+        galaxy: One without an output.
+    """
+    assert galaxy.row is not None
+    return {"id_str": galaxy.row["id_str"], "file_loc": galaxy.row["file_loc"], "reason": galaxy.reason}
+
+
+def check_prevalence(model: Classifier, prevalence: str | None) -> None:
+    """Nothing, if the model has predictions for this prevalence: known before a long run.
+
+    Args:
+        model: The model.
+        prevalence: As in `predict_galaxies`.
+
+    Raises:
+        ValueError: Another prevalence, or one that the model lacks.
+    """
+    if prevalence is not None and model.config.problem_type == "votes":
+        raise ValueError(f"prevalence is {prevalence!r}; a decision tree's model has none: leave it out.")
+    if model.config.problem_type != "votes":
+        probabilities_from_logits(torch.zeros(1, model.config.num_labels), model.config, prevalence=prevalence)
+
+
+def _run(
+    fields: list[Tensor | None],
+    model: Classifier,
+    processor: ZoobotImageProcessor,
+    *,
+    runner: InferenceRunner,
+    prevalence: str | None,
+) -> npt.NDArray[np.float32]:
+    """(batch, labels); of no meaning where there is no image."""
+    shape = next((field.shape for field in fields if field is not None), None)
+    if shape is None:
+        return np.zeros((len(fields), model.config.num_labels), np.float32)
+    blank = torch.zeros(shape, dtype=torch.uint8)
+    images = torch.stack([blank if field is None else field for field in fields]).to(runner.device)
+    outputs = runner(processor.rescale_and_normalize(images))
+    if model.config.problem_type != "votes":
+        outputs = probabilities_from_logits(outputs, model.config, prevalence=prevalence)
+    return np.asarray(outputs.numpy(), dtype=np.float32)
+
+
+def _judge(row: Row | None, field: Tensor | None, reason: str, output: npt.NDArray[np.float32]) -> Galaxy:
+    if field is None:
+        return Galaxy(row, None, reason)
+    if not np.isfinite(output).all():
+        return Galaxy(row, None, "the model's output for it is not a finite number")
+    return Galaxy(row, output, "")

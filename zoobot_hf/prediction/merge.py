@@ -1,0 +1,151 @@
+"""A finished survey's shards to one table that says what it holds."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from astropy import units
+from astropy.io import votable
+from astropy.io.votable.tree import Info
+from astropy.table import Table
+
+from zoobot_hf.data.catalog import CATALOG_FORMATS, CatalogError, describe, read_catalog
+from zoobot_hf.models.configuration_zoobot import ZoobotConfig
+
+from .shards import read_shard, shard_paths, whole_file
+from .survey import SurveyError
+from .tables import advanced_table, describe_column, friendly_table
+
+TABLES = ("predictions", "friendly", "advanced")
+FORMATS = ("parquet", "csv", "fits", "votable")
+
+
+def merge_predictions(
+    folder: str | Path, path: str | Path, *, table: str = "predictions", catalog: str | Path | None = None
+) -> int:
+    """How many galaxies went from a survey's folder to one table, in the catalog's order.
+
+    Every column of a model has a description and, in a VOTable, a unit (FITS has no word for a number without one); the
+    table names the model, the hash of its weights and that of the catalog. A CSV file has no room for these. Parquet
+    and CSV files are written piece by piece, FITS and VOTable need all of the table in memory.
+
+    Args:
+        folder: What `predict_survey` finished.
+        path: Where to. The suffix says the format: `.parquet`, `.csv`, `.fits` or `.vot`.
+        table: "predictions" as they are; of a decision tree's model also "friendly" or "advanced": see
+            `friendly_table` and `advanced_table`.
+        catalog: A catalog whose columns are joined by `id_str`, read whole; none when absent.
+
+    Raises:
+        SurveyError: The folder holds no finished predictions, or a damaged file of them.
+        CatalogError: The suffix is unknown; the catalog lacks a galaxy, or has a column of the same name.
+        ValueError: A table that isn't known, or that the model hasn't.
+    """
+    path, folder = Path(path), Path(folder)
+    file_format = CATALOG_FORMATS.get(path.suffix.lower(), "")
+    if file_format not in FORMATS:
+        raise CatalogError(f"path {path} has the suffix {path.suffix!r}; choose .parquet, .csv, .fits or .vot.")
+    if table not in TABLES:
+        raise ValueError(f"table is {table!r}; choose one of {', '.join(TABLES)}.")
+    manifest = _read_finished(folder)
+    joined = None if catalog is None else read_catalog(catalog, images_must_exist=False).set_index("id_str")
+    pieces = _read_pieces(folder, manifest, table=table, joined=joined)
+    facts = {
+        "MODEL": manifest["model"],
+        "WEIGHTS": manifest["weights"],
+        "CATALOG": manifest["catalog_fingerprint"],
+        "PREVALEN": manifest["prevalence"],
+    }
+    with whole_file(path) as partial:
+        if file_format == "parquet":
+            return _write_parquet(pieces, partial, facts)
+        if file_format == "csv":
+            return _write_csv(pieces, partial)
+        whole = pd.concat(list(pieces), ignore_index=True)
+        _write_with_astropy(whole, partial, facts, file_format=file_format)
+        return len(whole)
+
+
+def _read_finished(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SurveyError(
+            f"{folder} holds no predictions of a survey; give the output of zoobot-hf predict."
+        ) from error
+    if not manifest["finished"]:
+        raise SurveyError(f"{folder} is not finished; run the same zoobot-hf predict again, which goes on with it.")
+    return manifest
+
+
+def _read_pieces(
+    folder: Path, manifest: dict[str, Any], *, table: str, joined: pd.DataFrame | None
+) -> Iterator[pd.DataFrame]:
+    config = ZoobotConfig.from_dict(manifest["config"])
+    for path in shard_paths(folder / "predictions", -(-manifest["galaxies"] // manifest["shard_size"])):
+        shard = read_shard(path)
+        if shard is None:
+            raise SurveyError(f"{path} is damaged or missing; run the same zoobot-hf predict again, which mends it.")
+        piece = shard.table
+        if table != "predictions":
+            piece = (friendly_table if table == "friendly" else advanced_table)(piece, config)
+        yield piece if joined is None else _join(piece, joined)
+
+
+def _join(piece: pd.DataFrame, catalog: pd.DataFrame) -> pd.DataFrame:
+    missing = piece["id_str"][~piece["id_str"].isin(catalog.index)]
+    if len(missing):
+        raise CatalogError(f"the catalog has no row for {describe(missing)}; give the one that was predicted.")
+    twice = [name for name in piece.columns if name in catalog.columns]
+    if twice:
+        raise CatalogError(f"the catalog and the predictions both have a column {twice[0]!r}; rename the catalog's.")
+    return piece.join(catalog, on="id_str")
+
+
+def _write_parquet(pieces: Iterator[pd.DataFrame], path: Path, facts: dict[str, str]) -> int:
+    first = next(pieces)
+    schema = pa.Schema.from_pandas(first, preserve_index=False)
+    fields = [
+        field.with_metadata({"description": describe_column(field.name)}) if describe_column(field.name) else field
+        for field in schema
+    ]
+    schema = pa.schema(fields, metadata={"zoobot_hf": json.dumps(facts)})
+    count = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        for piece in itertools.chain([first], pieces):
+            writer.write_table(pa.Table.from_pandas(piece, schema=schema, preserve_index=False))
+            count += len(piece)
+    return count
+
+
+def _write_csv(pieces: Iterator[pd.DataFrame], path: Path) -> int:
+    count = 0
+    with open(path, "w", newline="") as file:
+        for number, piece in enumerate(pieces):
+            piece.to_csv(file, index=False, header=number == 0)
+            count += len(piece)
+    return count
+
+
+def _write_with_astropy(whole: pd.DataFrame, path: Path, facts: dict[str, str], *, file_format: str) -> None:
+    table = Table(meta=facts if file_format == "fits" else {})
+    for name in whole.columns:
+        column = whole[name]
+        is_number = pd.api.types.is_numeric_dtype(column)
+        # Neither FITS nor VOTable takes Python objects; text of a fixed width they both do.
+        text = None if is_number else column.astype(object).where(column.notna(), "").astype(str)
+        table[name] = column.to_numpy() if text is None else text.to_numpy(dtype=str)
+        table[name].description = describe_column(str(name)) or None
+        if describe_column(str(name)) and pd.api.types.is_float_dtype(column):
+            table[name].unit = units.dimensionless_unscaled
+    if file_format == "fits":
+        table.write(path, format="fits", overwrite=True)
+        return
+    document = votable.from_table(table)
+    document.get_first_table().infos.extend(Info(name=name, value=value) for name, value in facts.items())
+    votable.writeto(document, str(path))

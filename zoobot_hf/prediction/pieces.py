@@ -1,0 +1,204 @@
+"""Catalogs of any size in pieces of their rows: what `read_galaxies` gives, without holding all of it."""
+
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zoobot_hf.data.catalog import CatalogError, describe, find_catalog, read_galaxies
+
+NEEDED = ["id_str", "file_loc"]
+ROWS_AT_ONCE = 65536
+WILDCARDS = frozenset("*?[")
+
+Source = str | Path | pd.DataFrame
+
+
+class CatalogFacts(NamedTuple):
+    """What identifies a catalog.
+
+    Attributes:
+        galaxies: How many rows it has.
+        fingerprint: A hash of every `id_str` and `file_loc` in their order.
+    """
+
+    galaxies: int
+    fingerprint: str
+
+
+def read_pieces(source: Source, *, rows: int = ROWS_AT_ONCE) -> Iterator[pd.DataFrame]:
+    """The rows of a catalog in order, in pieces: `id_str` and `file_loc`, text, paths absolute.
+
+    CSV and Parquet files are read piece by piece; FITS, VOTable and ECSV tables and the names in a folder of images
+    are in memory as a whole.
+
+    Args:
+        source: A catalog file, a folder with a catalog or images, a table, or a pattern with `*`, `?` or `[` for many
+            catalog files, which are read in the order of their names.
+        rows: Most rows in a piece, and as many in each but the last.
+
+    Raises:
+        CatalogError: Nothing there, a file that can't be read, a column that is missing, or a name that is empty or
+            floating-point.
+    """
+    buffer: list[pd.DataFrame] = []
+    held = 0
+    for part in _read_parts(source):
+        buffer.append(part)
+        held += len(part)
+        if held >= rows:
+            joined = pd.concat(buffer, ignore_index=True)
+            whole = held - held % rows
+            for start in range(0, whole, rows):
+                yield joined.iloc[start : start + rows].reset_index(drop=True)
+            buffer, held = [joined.iloc[whole:]], held - whole
+    if held:
+        yield pd.concat(buffer, ignore_index=True)
+
+
+def check_catalog(source: Source) -> CatalogFacts:
+    """What identifies a catalog, once it is known that all of it can be read and that its names are unique.
+
+    Takes 8 bytes of memory for each galaxy.
+
+    Args:
+        source: As in `read_pieces`.
+
+    Raises:
+        CatalogError: As in `read_pieces`; no rows; or an `id_str` that is there twice.
+    """
+    digest, names = hashlib.sha256(), []
+    for piece in read_pieces(source):
+        digest.update(_hash_rows(piece[NEEDED]).tobytes())
+        names.append(_hash_rows(piece[["id_str"]]))
+    if not names:
+        raise CatalogError(f"catalog {_name(source)} has no rows; it needs one for each galaxy.")
+    hashes = np.concatenate(names)
+    _check_names_are_unique(source, hashes)
+    return CatalogFacts(len(hashes), digest.hexdigest())
+
+
+def fingerprint_rows(piece: pd.DataFrame) -> str:
+    """A hash of the rows' `id_str` and `file_loc` in their order.
+
+    Args:
+        piece: From `read_pieces`.
+    """
+    return hashlib.sha256(_hash_rows(piece[NEEDED]).tobytes()).hexdigest()
+
+
+def _read_parts(source: Source) -> Iterator[pd.DataFrame]:
+    if isinstance(source, pd.DataFrame):
+        yield _as_rows(source, path=Path.cwd() / "table")
+        return
+    for path in _find_files(source):
+        suffix = path.suffix.lower()
+        try:
+            if path.is_file() and suffix == ".parquet":
+                yield from (_as_rows(part, path=path) for part in _parquet_parts(path))
+            elif path.is_file() and path.name.lower().removesuffix(".gz").endswith(".csv"):
+                yield from (_as_rows(part, path=path) for part in _csv_parts(path))
+            else:
+                yield read_galaxies(path, images_must_exist=False)[NEEDED]
+        except CatalogError:
+            raise
+        except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise CatalogError(f"catalog {path} can't be read: {reason}. Check that the file is whole.") from error
+
+
+def _find_files(source: str | Path) -> list[Path]:
+    path = Path(source).absolute()
+    if path.is_dir():
+        return [find_catalog(path) or path]
+    if path.exists() or not WILDCARDS & set(str(source)):
+        return [path]
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    if not found:
+        raise CatalogError(f"no file matches {source}; give a catalog, a folder of images or another pattern.")
+    return found
+
+
+def _parquet_parts(path: Path) -> Iterator[pd.DataFrame]:
+    with pq.ParquetFile(path) as file:
+        _check_columns(file.schema_arrow.names, path=path)
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=NEEDED):
+            yield batch.to_pandas()
+
+
+def _csv_parts(path: Path) -> Iterator[pd.DataFrame]:
+    _check_columns(list(pd.read_csv(path, nrows=0).columns), path=path)
+    # As they are written: a galaxy may be called "007", and one called "NA" is not missing.
+    with pd.read_csv(path, usecols=NEEDED, dtype=str, keep_default_na=False, chunksize=ROWS_AT_ONCE) as parts:
+        yield from parts
+
+
+def _check_columns(names: list[str], *, path: Path) -> None:
+    missing = [name for name in NEEDED if name not in names]
+    if missing:
+        raise CatalogError(
+            f"catalog {path} has no column {', '.join(map(repr, missing))}; its columns are "
+            f"{', '.join(map(repr, names))}. Rename a column or name another one."
+        )
+
+
+def _as_rows(part: pd.DataFrame, *, path: Path) -> pd.DataFrame:
+    _check_columns(list(part.columns), path=path)
+    columns = {name: _as_text(part[name], path=path) for name in NEEDED}
+    columns["file_loc"] = [os.path.join(path.parent, location) for location in columns["file_loc"]]
+    return pd.DataFrame(columns, dtype=object)
+
+
+def _as_text(column: pd.Series, *, path: Path) -> list[str]:
+    if pd.api.types.is_float_dtype(column) and column.notna().all() and len(column):
+        raise CatalogError(
+            f"catalog {path} has floating-point numbers in {column.name!r}, for example {column.iloc[0]}, "
+            "which lose the last digits of a long name; save the column as text or integers."
+        )
+    is_missing = column.isna().tolist()
+    values = zip(column.tolist(), is_missing, strict=True)
+    text = ["" if missing else _decode(value).strip() for value, missing in values]
+    if "" in text:
+        raise CatalogError(
+            f"catalog {path} has no {column.name!r} in {text.count('')} of {len(text)} rows that were read together; "
+            "fill the column or leave these rows out."
+        )
+    return text
+
+
+def _decode(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _hash_rows(piece: pd.DataFrame) -> npt.NDArray[np.uint64]:
+    return np.asarray(pd.util.hash_pandas_object(piece, index=False).to_numpy(), dtype=np.uint64)
+
+
+def _check_names_are_unique(source: Source, hashes: npt.NDArray[np.uint64]) -> None:
+    in_order = np.sort(hashes)
+    suspects = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
+    if not len(suspects):
+        return
+    # Two names may share a hash; what they really are decides.
+    counts: Counter[str] = Counter()
+    for piece in read_pieces(source):
+        counts.update(piece["id_str"][np.isin(_hash_rows(piece[["id_str"]]), suspects)])
+    duplicates = [name for name, count in counts.items() if count > 1]
+    if duplicates:
+        raise CatalogError(
+            f"{_name(source)} has the same 'id_str' more than once for {describe(duplicates)}; "
+            "every galaxy needs a name of its own."
+        )
+
+
+def _name(source: Source) -> str:
+    return "table" if isinstance(source, pd.DataFrame) else str(source)

@@ -1,0 +1,116 @@
+"""Shards of a survey's predictions: Parquet files that are there whole or not at all.
+
+A shard holds the predictions of consecutive rows of the catalog. Beside them, in the metadata of the same file, are
+the galaxies that failed and what the shard depends on, so that a shard is one file and can't be half there.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+METADATA = b"zoobot_hf"
+PARTIAL = ".partial-"
+
+
+class Shard(NamedTuple):
+    """A shard's content.
+
+    Attributes:
+        table: A row for each galaxy that could be read, in the catalog's order.
+        failures: A row for each that could not, in the catalog's order: `id_str`, `file_loc`, `reason`.
+        key: A hash of all that the shard depends on.
+    """
+
+    table: pd.DataFrame
+    failures: list[dict[str, str]]
+    key: str
+
+
+def write_shard(path: Path, shard: Shard) -> None:
+    """A shard written to a file whole or not at all.
+
+    Args:
+        path: The file; its folder is there.
+        shard: What to write.
+
+    Raises:
+        OSError: No space left, or no right to write; an earlier file is then as it was.
+    """
+    content = json.dumps({"key": shard.key, "failures": shard.failures})
+    table = pa.Table.from_pandas(shard.table, schema=_schema(shard.table), preserve_index=False)
+    table = table.replace_schema_metadata({METADATA: content.encode()})
+    with whole_file(path) as partial:
+        pq.write_table(table, partial, write_page_checksum=True)
+
+
+def read_shard(path: Path) -> Shard | None:
+    """A shard from a file, all of it read and its checksums compared; None where it is missing or damaged.
+
+    Args:
+        path: The file.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+        content = json.loads(table.schema.metadata[METADATA])
+        return Shard(table.to_pandas(), content["failures"], content["key"])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None
+
+
+def read_failures(path: Path) -> list[dict[str, str]]:
+    """The galaxies that failed in a shard, without reading its table.
+
+    Args:
+        path: The file of a whole shard.
+    """
+    failures: list[dict[str, str]] = json.loads(pq.read_schema(path).metadata[METADATA])["failures"]
+    return failures
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes the file once all is written, and is gone where that fails.
+
+    Args:
+        path: The file.
+    """
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Deletes what runs that were killed left half-written.
+
+    Args:
+        folder: Where shards are; no run may be writing there.
+    """
+    for path in folder.glob(f"{PARTIAL}*"):
+        path.unlink(missing_ok=True)
+
+
+def shard_paths(folder: Path, count: int) -> Iterator[Path]:
+    """The shards' files in order, there or not.
+
+    Args:
+        folder: Where they are.
+        count: How many.
+    """
+    return (folder / f"{number:06d}.parquet" for number in range(count))
+
+
+def _schema(table: pd.DataFrame) -> pa.Schema:
+    # Stated, because a shard without a single row would not know the types of its columns.
+    kinds = {"bool": pa.bool_(), "float32": pa.float32()}
+    return pa.schema([(str(name), kinds.get(str(table[name].dtype), pa.string())) for name in table.columns])
