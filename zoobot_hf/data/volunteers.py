@@ -90,7 +90,9 @@ def simulate_votes_dataset(
         _examples,
         features=datasets.Features(features),
         gen_kwargs={
-            "numbers": list(range(first, first + count)),  # a list, so that several processes can share the work
+            # The library takes a list for pieces of work that several processes can share.
+            "starts": list(range(first, first + count, GALAXIES_AT_ONCE)),
+            "stop": first + count,
             "tree": tree.to_dict(),
             "seed": seed,
             "size": size,
@@ -159,7 +161,8 @@ def answer_probabilities(parameters: pd.DataFrame, tree: DecisionTree, *, seed: 
 
 
 def _examples(
-    numbers: list[int],
+    starts: list[int],
+    stop: int,
     tree: dict[str, Any],
     seed: int,
     size: int,
@@ -169,9 +172,9 @@ def _examples(
 ) -> Iterator[dict[str, object]]:
     """Examples of the dataset; `drawing_version` only tells the cache apart."""
     decision_tree = DecisionTree.from_dict(tree)
-    for start in range(0, len(numbers), GALAXIES_AT_ONCE):
-        chosen = numbers[start : start + GALAXIES_AT_ONCE]
-        parameters = draw_survey_parameters(len(chosen), seed=seed, size=size, frame=frame, first=chosen[0])
+    for start in starts:
+        rows = min(GALAXIES_AT_ONCE, stop - start)
+        parameters = draw_survey_parameters(rows, seed=seed, size=size, frame=frame, first=start)
         images = draw_galaxies(parameters, seed=seed, size=size, frame=frame)
         said = simulate_votes(parameters, decision_tree, seed=seed, volunteers=volunteers)
         for identifier, image, votes, probabilities in zip(parameters["id_str"], images, *reversed(said), strict=True):
