@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from zoobot_hf.data.dataset import read_votes
 from zoobot_hf.data.decision_tree import DecisionTree, Question
 from zoobot_hf.data.population import draw_survey_parameters
 from zoobot_hf.data.simulation import SURVEY_SIZE, draw_galaxies, jpeg_of
@@ -126,6 +127,24 @@ def simulate_votes(
         ]
     )
     return SimulatedVotes(probabilities, votes)
+
+
+def read_probabilities(dataset: datasets.Dataset, tree: DecisionTree) -> Floats:
+    """The true answer probabilities of a dataset where a galaxy's volunteers were asked, without decoding an image.
+
+    Args:
+        dataset: From `simulate_votes_dataset`.
+        tree: The tree that it was made with.
+
+    Returns:
+        (galaxies, answers), 0-1, in the order of the dataset and of the tree's vote columns; NaN for a question that
+        nobody was asked.
+    """
+    table = dataset.select_columns(["probability"]).flatten().to_pandas()
+    probabilities = table[[f"probability.{column}" for column in tree.vote_columns]].to_numpy(dtype=np.float64)
+    questions = np.repeat(np.arange(len(tree.questions)), [len(question.answers) for question in tree.questions])
+    asked = np.stack([read_votes(dataset, tree)[:, questions == q].sum(axis=1) for q in range(len(tree.questions))], 1)
+    return np.where(asked[:, questions] > 0, probabilities, np.nan)
 
 
 def answer_probabilities(parameters: pd.DataFrame, tree: DecisionTree, *, seed: int) -> Floats:
