@@ -38,7 +38,6 @@ from zoobot_hf.evaluation.vote_plots import plot_vote_fractions
 
 # Drawn galaxies are this much wider than what the encoder sees of them, so that they can be turned.
 DRAWN_MARGIN = 1.5
-DRAWN_FOR_VALIDATION, DRAWN_FOR_TEST = 2000, 4000
 
 
 @dataclass
@@ -57,6 +56,7 @@ class Options:
         default=None, metadata={"help": "Folder or Hub id of any encoder's configuration; a small ConvNeXt if absent."}
     )
     galaxies: int = field(default=72000, metadata={"help": "How many galaxies are drawn to train on."})
+    held_out: int = field(default=4000, metadata={"help": "How many are drawn to test on; half of it to validate."})
     drawing_processes: int = field(default=2, metadata={"help": "How many processes draw them."})
     pixels: int = field(default=96, metadata={"help": "Height and width of the encoder's input."})
     zoom: float = field(default=2.0, metadata={"help": "How far the encoder looks into the centre of an image."})
@@ -77,7 +77,7 @@ def load(options: Options, tree: DecisionTree) -> DatasetDict:
     """Galaxies with votes: train, validation and test."""
     if options.dataset != "simulated":
         return split_dataset(load_galaxy_votes(options.dataset, tree), seed=options.seed)
-    counts = {"train": options.galaxies, "validation": DRAWN_FOR_VALIDATION, "test": DRAWN_FOR_TEST}
+    counts = {"train": options.galaxies, "validation": options.held_out // 2, "test": options.held_out}
     splits, first = {}, 0
     for name, count in counts.items():
         splits[name] = simulate_votes_dataset(
