@@ -196,7 +196,8 @@ def _examples(
         parameters = draw_survey_parameters(rows, seed=seed, size=size, frame=frame, first=start)
         images = draw_galaxies(parameters, seed=seed, size=size, frame=frame)
         said = simulate_votes(parameters, decision_tree, seed=seed, volunteers=volunteers)
-        for identifier, image, votes, probabilities in zip(parameters["id_str"], images, *reversed(said), strict=True):
+        rows_of_columns = zip(parameters["id_str"], images, said.votes, said.probabilities, strict=True)
+        for identifier, image, votes, probabilities in rows_of_columns:
             yield {
                 "id_str": identifier,
                 "image": {"bytes": jpeg_of(image), "path": None},
