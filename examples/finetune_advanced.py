@@ -105,7 +105,10 @@ def main() -> None:
 
     if PartialState().is_main_process:
         for stage in finetuned.stages:
-            print(stage.name, {name: value for name, value in stage.test.items() if name != "confusion"})
+            print(
+                stage.name,
+                {name: value for name, value in finetuned.test_metrics[stage.name].items() if name != "confusion"},
+            )
         print(f"kept: the {finetuned.kept_stage} stage, in {finetuned.output_dir}")
         if options.push_to_hub:
             print(push_folder(options.output_dir, options.push_to_hub))

@@ -62,7 +62,7 @@ def main() -> None:
     )
 
     if PartialState().is_main_process:
-        print({name: value for name, value in finetuned.stages[0].test.items() if name != "confusion"})
+        print({name: value for name, value in finetuned.test_metrics["frozen"].items() if name != "confusion"})
         if options.push_to_hub:
             print(push_folder(options.output_dir, options.push_to_hub))
 

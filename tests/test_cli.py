@@ -162,6 +162,11 @@ def test_finetune_leaves_a_folder_that_is_ready_for_the_hub(shared_run):
         "figures/training_curves.png",
         "figures/confusion.png",
         "figures/most_wrong.png",
+        *(
+            f"figures/{name}.{end}"
+            for name in ("reliability", "completeness_and_purity", "roc")
+            for end in ("png", "pdf")
+        ),
     }
     assert (shared_run / "out-checkpoints" / "frozen" / "best" / "model.safetensors").is_file()
 

@@ -74,3 +74,35 @@ def test_the_advanced_example_cuts_and_labels_by_votes(galaxy_folder, encoder_fo
     run(ALONE, "finetune_advanced.py", *options, "--output_dir", tmp_path / "votes", "--labels", "votes")
     run(ALONE, "finetune_advanced.py", *options, "--output_dir", tmp_path / "cut", "--labels", "cut")
     assert "not featured and face-on: 4" in (tmp_path / "cut" / "README.md").read_text()
+
+
+def pretrain(launcher, encoder_config, folder, *options):
+    encoder_config.save_pretrained(folder / "encoder_config")
+    options = ["--encoder_config", folder / "encoder_config", "--output_dir", folder / "out", *options]
+    run(launcher, "pretrain_galaxy_zoo.py", *options, "--pixels", 32, "--epochs", 1, "--batch_size", 8)
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "vote_fractions.png"} < {
+        path.name for path in (folder / "out").iterdir()
+    }
+    return json.loads((folder / "out" / "training.json").read_text())
+
+
+@pytest.mark.slow
+def test_pretraining_takes_simulated_volunteers(layer_norm_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    drawn = ["--galaxies", 40, "--held_out", 20, "--drawing_processes", 1]
+    results = pretrain(ALONE, layer_norm_model.config.encoder_config, tmp_path, *drawn)
+    assert results["galaxies"] == {"train": 40, "validation": 10, "test": 20}
+    assert 0 <= results["coverage of true probabilities"]["ring"] <= 1
+    assert {"eval_loss", "epoch"} < set().union(*results["history"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [ALONE, ON_TWO_PROCESSES], ids=["alone", "two processes"])
+def test_pretraining_takes_a_catalog_with_votes(launcher, layer_norm_model, galaxy_folder, tmp_path):
+    catalog = pd.read_csv(galaxy_folder / "catalog.csv", dtype={"id_str": str})
+    catalog["ring_yes"], catalog["ring_no"] = 3 + 10 * catalog["ring"], 15 - 10 * catalog["ring"]
+    catalog.drop(columns="ring").to_csv(galaxy_folder / "catalog.csv", index=False)
+    options = ["--dataset", galaxy_folder, "--surveys", "rings"]
+    results = pretrain(launcher, layer_norm_model.config.encoder_config, tmp_path, *options)
+    assert sum(results["galaxies"].values()) == len(catalog)
+    assert 0 < results["test"]["vote_mean_absolute_error"] < 1

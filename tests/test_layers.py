@@ -16,6 +16,8 @@ ORDER = [
     "data.dataset",
     "data.balance",
     "data.simulation",
+    "data.population",
+    "data.volunteers",
     "data.rings",
     "models.votes",
     "models.configuration_zoobot",
@@ -71,7 +73,7 @@ CLOSED_FOLDER = "models"
 MODULES_THAT_IMPORT_LATE = {"_registration"}
 # "module: imported name", where an import inside a function is allowed
 IMPORTS_OF_OPTIONAL_EXTRAS = {"models.export: onnxruntime", "models.export: onnxscript"}
-MODULES_ABOUT_RINGS = {"data.rings", "data.simulation"}  # the second one draws them
+MODULES_ABOUT_RINGS = {"data.rings", "data.simulation", "data.population", "data.volunteers"}  # all but one draw them
 FOLDERS_OF_ANY_GALAXY = ("data", "models", "training", "prediction")
 
 

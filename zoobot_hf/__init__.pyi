@@ -18,11 +18,14 @@ from .data.decision_tree import join_trees as join_trees
 from .data.decision_tree import load_survey as load_survey
 from .data.decision_tree import load_tree as load_tree
 from .data.decision_tree import survey_names as survey_names
+from .data.population import draw_survey_parameters as draw_survey_parameters
 from .data.rings import keep_featured_face_on as keep_featured_face_on
 from .data.rings import label_rings_by_votes as label_rings_by_votes
 from .data.rings import load_rings as load_rings
 from .data.rings import load_rings_by_votes as load_rings_by_votes
 from .data.simulation import simulate_galaxies as simulate_galaxies
+from .data.volunteers import read_probabilities as read_probabilities
+from .data.volunteers import simulate_votes_dataset as simulate_votes_dataset
 from .evaluation.calibration import Calibration as Calibration
 from .evaluation.calibration import PrevalenceEstimate as PrevalenceEstimate
 from .evaluation.calibration import estimate_prevalence as estimate_prevalence

@@ -43,8 +43,25 @@ DRAWING_VERSION = 1
 PIXELS_IN_A_CHUNK = 16 * 128 * 128
 
 # A galaxy has a stream of random numbers for each purpose, so that it never depends on the others in its table.
-PARAMETER_STREAM, TEXTURE_STREAM, SOURCE_STREAM, NOISE_STREAM = range(4)
+PARAMETER_STREAM, TEXTURE_STREAM, SOURCE_STREAM, NOISE_STREAM, DISTURBANCE_STREAM, CLUMP_STREAM = range(6)
 TEXTURE_MODES = 12
+DISTURBANCE_MODES = 4
+MOST_CLUMPS = 16
+
+# What the galaxies of `draw_parameters` don't have; those of a whole survey do.
+REGULAR = {
+    "disk_thickness": 0.0,
+    "disk_edge": 0.0,
+    "disturbance": 0.0,
+    "clump_count": 0,
+    "clump_strength": 0.0,
+    "companion_strength": 0.0,
+    "companion_size": 1.0,
+    "companion_distance": 1.0,
+    "companion_angle_deg": 0.0,
+    "display_gain": 1.0,
+    "saturation": 1.0,
+}
 
 # Core radius over full width at half maximum of a Moffat profile with beta 3.
 MOFFAT_SCALE = 1 / (2 * math.sqrt(2 ** (1 / 3) - 1))
@@ -83,10 +100,17 @@ class SimulatedGalaxies:
             - `clumpiness`: of arms and ring, 0 is smooth.
             - `ring_strength` (relative to the disk's own light there), `ring_radius` (radii), `ring_width` (standard
               deviation over ring radius), `ring_axis_ratio` (in the disk, along the bar), `gap_depth` (0 to 1).
+            - `disk_thickness`: axis ratio of the disk seen edge-on.
+            - `disk_edge` (radii): where the disk ends; 0 where it fades out.
+            - `disturbance` (radii): how far light is out of place, in smooth waves over the galaxy.
+            - `clump_count`, `clump_strength` (relative to the disk's mean surface brightness): knots of young stars.
+            - `companion_strength` (relative to the disk's mean surface brightness), `companion_size` and
+              `companion_distance` (radii), `companion_angle_deg`: a second galaxy, merging or in front.
             - `psf_fwhm_px`: seeing in pixels.
             - `sky_noise`, `noise_grain`: noise in display units at 424 pixels, and its correlation length (Gaussian
               sigma) there in pixels.
             - `neighbour_count`: stars and other galaxies in the frame.
+            - `display_gain`, `saturation`: how bright and how colourful the display is; 1 is the survey's.
     """
 
     images: NDArray[np.uint8]
@@ -168,11 +192,14 @@ def draw_parameters(
     rows = [_one_galaxy(np.random.default_rng((seed, number, PARAMETER_STREAM)), ring_fraction) for number in numbers]
     parameters = pd.DataFrame(rows, index=pd.Index(numbers, name="number"))
     parameters[["disk_radius_px", "psf_fwhm_px"]] *= size / SURVEY_SIZE
+    parameters = parameters.assign(**REGULAR)
     parameters.insert(0, "id_str", [f"simulated-{seed}-{number:06d}" for number in numbers])
     return parameters
 
 
-def draw_galaxies(parameters: pd.DataFrame, *, seed: int, size: int = 128) -> NDArray[np.uint8]:
+def draw_galaxies(
+    parameters: pd.DataFrame, *, seed: int, size: int = 128, frame: float = SURVEY_SIZE
+) -> NDArray[np.uint8]:
     """Images as a survey would show them: blurred, among stars and other galaxies, with noise and the Lupton stretch.
 
     Args:
@@ -180,6 +207,7 @@ def draw_galaxies(parameters: pd.DataFrame, *, seed: int, size: int = 128) -> ND
             texture, neighbours and noise.
         seed: Names the sample; 0 or more.
         size: Height and width in pixels; the one that the table was made for.
+        frame: Height and width in the survey's pixels; the one that the table was made for.
 
     Returns:
         uint8, 0-255, (count, size, size, 3) in the order of the table.
@@ -189,8 +217,8 @@ def draw_galaxies(parameters: pd.DataFrame, *, seed: int, size: int = 128) -> ND
         galaxies = parameters.iloc[rows]
         old, young = draw_light(galaxies, seed=seed, size=size)
         bands = _mix_bands(old, young)
-        bands = _observe(bands, galaxies, seed=seed, size=size)
-        images[rows] = _to_rgb(bands)
+        bands = _observe(bands, galaxies, seed=seed, pixel=frame / size)
+        images[rows] = _to_rgb(bands, galaxies)
     return images
 
 
@@ -205,18 +233,32 @@ def draw_light(parameters: pd.DataFrame, *, seed: int, size: int = 128) -> tuple
     Returns:
         Two float32 arrays (count, size, size), surface brightness in display units, 0 or more.
     """
-    radius, angle = _disk_coordinates(parameters, size)
+    radius, angle = _disk_coordinates(parameters, size, seed)
     disk = _column(parameters, "surface_brightness") * _disk_profile(radius, parameters) * _gap(radius, parameters)
+    disk *= _edge(radius, parameters)
     texture = _texture(radius, angle, parameters, seed)
     young_structure = disk * _spiral_arms(radius, angle, parameters) * texture
     ring = _ring(radius, angle, parameters) * texture
     young_fraction = _column(parameters, "young_fraction")
-    old = (1 - young_fraction) * disk + _bulge(parameters, size) + _bar(radius, angle, parameters)
+    old = (1 - young_fraction) * disk + _bulge(parameters, size, seed) + _bar(radius, angle, parameters)
     # Rings of early-type disks are as red as the disk; those of late types are blue with it.
     ring_youth = 0.25 + 0.75 * young_fraction
     old += (1 - ring_youth) * ring
     young = young_fraction * disk + young_structure + ring_youth * ring
+    _add_clumps(young, radius, angle, parameters, seed)
+    _add_companions(old, young, parameters)
     return old, young
+
+
+def jpeg_of(image: NDArray[np.uint8]) -> bytes:
+    """A drawn image as a JPEG file of quality 95.
+
+    Args:
+        image: uint8, 0-255, (height, width, 3).
+    """
+    buffer = io.BytesIO()
+    PillowImage.fromarray(image).save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()
 
 
 def _check_at_least(name: str, value: int, smallest: int) -> None:
@@ -236,13 +278,7 @@ def _examples(
         records = parameters.rename(columns={"ring": "label"}).to_dict(orient="records")
         for image, record in zip(images, records, strict=True):
             values = {str(name): value for name, value in record.items()}
-            yield {"image": {"bytes": _to_jpeg(image), "path": None}, **values}
-
-
-def _to_jpeg(image: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    PillowImage.fromarray(image).save(buffer, format="JPEG", quality=95)
-    return buffer.getvalue()
+            yield {"image": {"bytes": jpeg_of(image), "path": None}, **values}
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
@@ -347,19 +383,51 @@ def _radians(parameters: pd.DataFrame, name: str) -> FloatArray:
     return np.deg2rad(_column(parameters, name))
 
 
-def _disk_coordinates(parameters: pd.DataFrame, size: int) -> tuple[FloatArray, FloatArray]:
+def _disk_coordinates(parameters: pd.DataFrame, size: int, seed: int) -> tuple[FloatArray, FloatArray]:
     """Radius in half-light radii and angle from the major axis in radians, both measured in the plane of the disk."""
-    axis = np.arange(size, dtype=np.float32) - (size - 1) / 2
-    west, north = axis[None, None, :], -axis[None, :, None]
+    west, north = _disturb(*_sky_coordinates(size), parameters, seed)
     position_angle = _radians(parameters, "position_angle_deg")
     sine, cosine = np.sin(position_angle), np.cos(position_angle)
     major = north * cosine - west * sine
-    minor = (north * sine + west * cosine) / np.cos(_radians(parameters, "inclination_deg"))
+    minor = (north * sine + west * cosine) / _axis_ratio(parameters)
     angle = np.arctan2(minor, major)
     radius = np.hypot(major, minor) / _column(parameters, "disk_radius_px")
     lopsided_side = 2 * _radians(parameters, "bar_angle_deg")
     radius /= 1 + _column(parameters, "lopsidedness") * np.cos(angle - lopsided_side)
     return radius, angle
+
+
+def _sky_coordinates(size: int) -> tuple[FloatArray, FloatArray]:
+    """Pixels to the west and to the north of the centre."""
+    axis = np.arange(size, dtype=np.float32) - (size - 1) / 2
+    return axis[None, None, :], -axis[None, :, None]
+
+
+def _axis_ratio(parameters: pd.DataFrame) -> FloatArray:
+    """Apparent axis ratio of an oblate spheroid (Hubble 1926, ApJ 64, 321)."""
+    cosine, thickness = np.cos(_radians(parameters, "inclination_deg")), _column(parameters, "disk_thickness")
+    ratio: FloatArray = np.where(thickness > 0, np.sqrt(cosine**2 + thickness**2 * (1 - cosine**2)), cosine)
+    return ratio
+
+
+def _disturb(west: FloatArray, north: FloatArray, parameters: pd.DataFrame, seed: int) -> tuple[FloatArray, FloatArray]:
+    """Coordinates with smooth random waves in them, which leave the centre where it is."""
+    if not parameters["disturbance"].any():
+        return west, north
+    rows = [
+        np.random.default_rng((seed, int(number), DISTURBANCE_STREAM)).normal(0, 1, (5, DISTURBANCE_MODES))
+        for number in parameters.index
+    ]
+    to_west, to_north, push_west, push_north, phase = np.stack(rows, axis=1)[..., None, None].astype(np.float32)
+    scale = _column(parameters, "disk_radius_px")
+    amplitude = _column(parameters, "disturbance") * scale / math.sqrt(DISTURBANCE_MODES)
+    moved_west, moved_north = np.zeros_like(west), np.zeros_like(north)
+    for mode in range(DISTURBANCE_MODES):
+        wave = np.cos((to_west[:, mode] * west + to_north[:, mode] * north) / scale + 3 * phase[:, mode])
+        wave = amplitude * (wave - np.cos(3 * phase[:, mode]))
+        moved_west = moved_west + push_west[:, mode] * wave
+        moved_north = moved_north + push_north[:, mode] * wave
+    return west + moved_west, north + moved_north
 
 
 def _sersic(radius: FloatArray, index: FloatArray) -> FloatArray:
@@ -385,25 +453,31 @@ def _disk_profile(radius: FloatArray, parameters: pd.DataFrame) -> FloatArray:
     return _sersic(radius, _column(parameters, "disk_sersic_index")) + lens
 
 
+def _edge(radius: FloatArray, parameters: pd.DataFrame) -> FloatArray:
+    """Share of the disk's light that is left at its edge."""
+    edge = _column(parameters, "disk_edge")
+    share: FloatArray = np.where(edge > 0, 1 / (1 + np.exp(np.clip(7 * (radius - edge), -30, 30))), 1)
+    return share.astype(np.float32)
+
+
 def _gap(radius: FloatArray, parameters: pd.DataFrame) -> FloatArray:
     """Share of the disk's light that is left where a ring has swept up the gas inside it."""
     distance = (radius / _column(parameters, "ring_radius") - 0.62) / 0.2
     return 1 - _column(parameters, "gap_depth") * np.exp(-0.5 * distance**2)
 
 
-def _bulge(parameters: pd.DataFrame, size: int) -> FloatArray:
+def _bulge(parameters: pd.DataFrame, size: int, seed: int) -> FloatArray:
     """A slightly flattened spheroid that holds its share of the total flux."""
     flattened = parameters.assign(
         # A bulge looks rounder than its disk: half of the inclination, and no lopsidedness.
         inclination_deg=parameters["inclination_deg"] / 2,
         disk_radius_px=parameters["disk_radius_px"] * parameters["bulge_radius"],
         lopsidedness=0.0,
+        disturbance=0.0,
     )
-    radius, _ = _disk_coordinates(flattened, size)
+    radius, _ = _disk_coordinates(flattened, size, seed)
     share = _column(parameters, "bulge_to_total")
-    disk_axis_ratio = np.cos(_radians(parameters, "inclination_deg"))
-    bulge_axis_ratio = np.cos(_radians(flattened, "inclination_deg"))
-    flux_ratio = share / (1 - share) * disk_axis_ratio / bulge_axis_ratio
+    flux_ratio = share / (1 - share) * _axis_ratio(parameters) / _axis_ratio(flattened)
     brightness = _column(parameters, "surface_brightness") * flux_ratio / _column(parameters, "bulge_radius") ** 2
     # A steep bulge is cut at a fifth of its radius, as no camera resolves it further; the seeing hides the difference.
     return brightness * _sersic(np.maximum(radius, 0.1), _column(parameters, "bulge_sersic_index"))
@@ -436,6 +510,40 @@ def _ring(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame) -> Fl
     distance = (radius * stretch / place - 1) / _column(parameters, "ring_width")
     disk_there = _column(parameters, "surface_brightness") * _disk_profile(place, parameters)
     return _column(parameters, "ring_strength") * disk_there * np.exp(-0.5 * distance**2)
+
+
+def _add_clumps(light: FloatArray, radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame, seed: int) -> None:
+    """Adds knots to the light in place, round in the plane of the disk, fewer and fainter far out."""
+    for row in np.flatnonzero(parameters["clump_count"]).tolist():
+        galaxy = parameters.iloc[row]
+        rng = np.random.default_rng((seed, int(str(parameters.index[row])), CLUMP_STREAM))
+        values = rng.random((4, MOST_CLUMPS))[:, : int(galaxy["clump_count"])].astype(np.float32)
+        places, turns, widths, peaks = values[..., None, None]
+        distance, width = 2.2 * np.sqrt(places), 0.05 + 0.2 * widths**2
+        x, y = radius[row] * np.cos(angle[row]), radius[row] * np.sin(angle[row])
+        squared = (x - distance * np.cos(2 * np.pi * turns)) ** 2 + (y - distance * np.sin(2 * np.pi * turns)) ** 2
+        peak = galaxy["clump_strength"] * galaxy["surface_brightness"] * 2 * peaks**2 * np.exp(-distance / 2)
+        light[row] += (peak * np.exp(-0.5 * squared / width**2)).sum(axis=0)
+
+
+def _add_companions(old: FloatArray, young: FloatArray, parameters: pd.DataFrame) -> None:
+    """Adds a second galaxy to the light in place, an exponential disk as blue as the first."""
+    for row in np.flatnonzero(parameters["companion_strength"]).tolist():
+        galaxy = parameters.iloc[[row]]
+        west, north = _sky_coordinates(old.shape[-1])
+        place = _column(galaxy, "companion_distance") * _column(galaxy, "disk_radius_px")
+        turn = _radians(galaxy, "companion_angle_deg")
+        west, north = west + place * np.sin(turn), north - place * np.cos(turn)
+        # Turned and flattened unlike the first galaxy, by numbers that the table has for other ends.
+        own = 2 * turn + _radians(galaxy, "bar_angle_deg")
+        along = west * np.cos(own) + north * np.sin(own)
+        across = (north * np.cos(own) - west * np.sin(own)) / (0.45 + 0.5 * np.abs(np.sin(3 * own)))
+        size = _column(galaxy, "companion_size") * _column(galaxy, "disk_radius_px")
+        profile = _sersic(np.hypot(along, across) / size, np.full((1, 1, 1), 1.2, dtype=np.float32))
+        light = (_column(galaxy, "companion_strength") * _column(galaxy, "surface_brightness") * profile)[0]
+        share = float(galaxy["young_fraction"].iloc[0])
+        old[row] += (1 - share) * light
+        young[row] += share * light
 
 
 def _texture(radius: FloatArray, angle: FloatArray, parameters: pd.DataFrame, seed: int) -> FloatArray:
@@ -474,13 +582,21 @@ def _mix_bands(old: FloatArray, young: FloatArray) -> FloatArray:
     return old[:, None] * old_weights + young[:, None] * young_weights
 
 
-def _observe(bands: FloatArray, parameters: pd.DataFrame, *, seed: int, size: int) -> FloatArray:
-    """Bands (count, 3, rows, columns) after the seeing, with neighbours and correlated noise."""
+def _observe(bands: FloatArray, parameters: pd.DataFrame, *, seed: int, pixel: float) -> FloatArray:
+    """Bands (count, 3, rows, columns) after the seeing, with neighbours and correlated noise.
+
+    Args:
+        bands: Before it.
+        parameters: Of the galaxies.
+        seed: Names the sample.
+        pixel: Width of a pixel in the survey's pixels.
+    """
+    size = bands.shape[-1]
     seeing = np.fft.rfft2(_seeing(parameters, size))[:, None]
-    noise, grain = _white_noise(parameters, seed, size), _grain(parameters, size)
+    noise, grain = _white_noise(parameters, seed, size), _grain(parameters, size, pixel)
     spectrum = np.fft.rfft2(bands) * seeing + np.fft.rfft2(noise) * grain[:, None]
     observed: FloatArray = np.fft.irfft2(spectrum, s=(size, size)).astype(np.float32)
-    _add_neighbours(observed, parameters, seed)
+    _add_neighbours(observed, parameters, seed, reach=round(SURVEY_SIZE / pixel) // 8)
     return observed
 
 
@@ -497,13 +613,12 @@ def _white_noise(parameters: pd.DataFrame, seed: int, size: int) -> FloatArray:
     return np.stack([rng.standard_normal((3, size, size), dtype=np.float32) for rng in generators])
 
 
-def _grain(parameters: pd.DataFrame, size: int) -> FloatArray:
+def _grain(parameters: pd.DataFrame, size: int, pixel: float) -> FloatArray:
     """Filter in Fourier space that turns white noise of variance 1 into sky noise.
 
     A coadd's noise is smooth over the camera's pixel. Drawn on a coarser grid it averages out: noise with an area of
     correlation a keeps 1 / (a + p^2) of its power in pixels of side p.
     """
-    pixel = SURVEY_SIZE / size
     grain = _column(parameters, "noise_grain")
     down, across = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]
     squared = (down**2 + across**2).astype(np.float32)
@@ -516,10 +631,8 @@ def _grain(parameters: pd.DataFrame, size: int) -> FloatArray:
     return (math.sqrt(3) * level / np.sqrt((shape**2).mean(axis=(1, 2), keepdims=True)) * shape).astype(np.float32)
 
 
-def _add_neighbours(bands: FloatArray, parameters: pd.DataFrame, seed: int) -> None:
+def _add_neighbours(bands: FloatArray, parameters: pd.DataFrame, seed: int, *, reach: int) -> None:
     """Adds stars and other galaxies to the bands in place, each on a small patch."""
-    size = bands.shape[-1]
-    reach = size // 8
     for image, (number, galaxy) in zip(bands, parameters.iterrows(), strict=True):
         rng = np.random.default_rng((seed, int(str(number)), SOURCE_STREAM))
         sources = _draw_sources(rng, int(galaxy["neighbour_count"]))
@@ -580,7 +693,7 @@ def _patch_profile(down: FloatArray, across: FloatArray, sources: dict[str, Floa
     return np.maximum(profile - border, 0).astype(np.float32)
 
 
-def _to_rgb(bands: FloatArray) -> NDArray[np.uint8]:
+def _to_rgb(bands: FloatArray, parameters: pd.DataFrame) -> NDArray[np.uint8]:
     """The stretch of Lupton et al. (2004), https://arxiv.org/abs/astro-ph/0312483, on (count, 3, rows, columns).
 
     As Galaxy Zoo DECaLS does, what is no brighter than the noise is shown nearly grey.
@@ -588,7 +701,8 @@ def _to_rgb(bands: FloatArray) -> NDArray[np.uint8]:
     count, _, size, _ = bands.shape
     mean = bands.mean(axis=1, keepdims=True)
     signal = np.clip(mean / COLOURED_ABOVE, 0, 1) ** 2
-    greyed = mean + (bands - mean) * (FAINTEST_COLOUR + (1 - FAINTEST_COLOUR) * signal) + SKY_LEVEL
+    colour = (FAINTEST_COLOUR + (1 - FAINTEST_COLOUR) * signal) * _column(parameters, "saturation")[:, None]
+    greyed = (mean + (bands - mean) * colour) * _column(parameters, "display_gain")[:, None] + SKY_LEVEL
     # The stretch is pixel by pixel and astropy's takes one image: the chunk goes in as one tall image.
     z, r, g = np.moveaxis(greyed, 1, 0).reshape(3, count * size, size)
     with np.errstate(invalid="ignore"):  # it divides by the intensity before it masks the pixels where that is 0

@@ -56,7 +56,8 @@ class Calibration:
         log_loss_before: Of the validation galaxies, in nats, at their own prevalence.
         log_loss_after: The same with the calibration, never higher.
         galaxies: How many galaxies it was fitted on.
-        helps: Whether the log loss fell; where it didn't, the temperature is 1 and the shift 0.
+        helps: Whether the log loss fell and the galaxies can tell the temperature; where not, the temperature is 1 and
+            the shift 0.
     """
 
     temperature: list[float]
@@ -143,7 +144,7 @@ def fit_calibration(
 
     Raises:
         ValueError: Another problem type or method; no galaxies; a label that no validation galaxy has, or that all
-            have; galaxies that are told apart without error; shapes that don't fit; logits that are not finite.
+            have; shapes that don't fit; logits that are not finite.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
@@ -152,20 +153,23 @@ def fit_calibration(
         raise ValueError(f"logits have the shape {scores.shape}; pass finite numbers, (n, labels), before softmax.")
     problems = _problems(scores, np.asarray(labels), problem_type, training_prevalence)
     fits = [_fit_scale_and_shift(problem, method=method) for problem in problems]
-    if any(np.min(scale) >= 0.99 * LARGEST_SCALE for scale, _ in fits):
-        raise ValueError(
-            f"the {len(scores)} labelled galaxies are told apart without error, and any temperature down to 0 fits "
-            "them; calibration needs galaxies that the model gets wrong: take a larger validation split."
-        )
     before = float(np.mean([problem.log_loss() for problem in problems]))
     after = float(np.mean([p.log_loss(*fit) for p, fit in zip(problems, fits, strict=True)]))
-    if not after < before - 1e-12:
+    if any(np.min(scale) >= 0.99 * LARGEST_SCALE for scale, _ in fits):
+        logger.warning(
+            "%d labelled galaxies are told apart without error, and the lower the temperature the better: it stays 1. "
+            "Calibration needs galaxies that the model gets wrong; take a larger validation split.",
+            len(scores),
+        )
+        after = before
+    elif not after < before - 1e-12:
         logger.warning(
             "calibration by %s can't lower the validation log loss of %.4f on %d galaxies; the temperature stays 1.",
             method,
             before,
             len(scores),
         )
+    if not after < before - 1e-12:
         return Calibration([1.0] * scores.shape[1], [0.0] * scores.shape[1], before, before, len(scores), False)
     scale, shift = _joined(fits, problem_type)
     return Calibration((1 / scale).tolist(), shift.tolist(), before, after, len(scores), True)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from zoobot_hf.models.heads import head_loss
+from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.models.votes import concentrations_from_logits, vote_loss
 
 from .embedding_cache import StoredEmbeddings
 
@@ -16,6 +18,8 @@ from .embedding_cache import StoredEmbeddings
 ROWS_AT_ONCE = 4096
 # Dimensions that vary less than this share of the embeddings' mean size are left at their own scale.
 SMALLEST_SPREAD = 1e-4
+
+ModelWithHead = ZoobotForImageClassification | ZoobotForGalaxyZoo
 
 
 class HeadGrid(nn.Module):
@@ -35,9 +39,10 @@ class HeadGrid(nn.Module):
     spread: Tensor
     winning_head: Tensor
 
-    def __init__(self, model: ZoobotForImageClassification, embeddings: StoredEmbeddings, *, count: int) -> None:
+    def __init__(self, model: ModelWithHead, embeddings: StoredEmbeddings, *, count: int) -> None:
         super().__init__()
         self.config = model.config
+        self.layout = model.layout if isinstance(model, ZoobotForGalaxyZoo) else None
         mean, spread = _measure_spread(embeddings)
         self.register_buffer("mean", mean.to(model.device))
         self.register_buffer("spread", spread.to(model.device))
@@ -48,22 +53,23 @@ class HeadGrid(nn.Module):
             _take_standardised(_first_linear(head), self.mean, self.spread)
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> ModelOutput:
-        """The winning head's logits and loss; in training the loss has every head's gradient.
+        """The winning head's logits, or concentrations, and loss; in training the loss has every head's gradient.
 
         Args:
             embeddings: (batch, embedding_size), as the encoder gives them.
-            labels: As in `heads.head_loss`.
+            labels: As the model takes them.
         """
         inputs = self.standardise(embeddings)
         if not self.training:
             logits = self.heads[int(self.winning_head)](inputs)
-            loss = None if labels is None else head_loss(logits, labels, self.config, training=False)
-            return ModelOutput(loss=loss, logits=logits)
+            loss = None if labels is None else self._loss(logits, labels, training=False)
+            if self.layout is None:
+                return ModelOutput(loss=loss, logits=logits)
+            return ModelOutput(loss=loss, concentrations=self._concentrations(logits))
         assert labels is not None
         logits = torch.stack([head(inputs) for head in self.heads])
-        mean_loss = head_loss(
-            logits.flatten(0, 1), labels.repeat(len(self.heads), *[1] * (labels.ndim - 1)), self.config, training=True
-        )
+        repeated = labels.repeat(len(self.heads), *[1] * (labels.ndim - 1))
+        mean_loss = self._loss(logits.flatten(0, 1), repeated, training=True)
         # The value that is logged is the mean over the heads; the gradient is that of their sum.
         gradient = len(self.heads) * mean_loss
         return ModelOutput(loss=gradient - gradient.detach() + mean_loss.detach())
@@ -91,7 +97,7 @@ class HeadGrid(nn.Module):
                 assert labels is not None
                 inputs, labels = self.standardise(embeddings.to(self.mean.device)), labels.to(self.mean.device)
                 for number, head in enumerate(self.heads):
-                    losses[number] += head_loss(head(inputs), labels, self.config, training=False) * len(labels)
+                    losses[number] += self._loss(head(inputs), labels, training=False) * len(labels)
         # A head that has run away to NaN never wins.
         self.winning_head.copy_(losses.nan_to_num(torch.inf).argmin())
         self.train(was_training)
@@ -101,6 +107,15 @@ class HeadGrid(nn.Module):
         head = copy.deepcopy(self.heads[int(self.winning_head)])
         _take_unstandardised(_first_linear(head), self.mean, self.spread)
         return head
+
+    def _loss(self, logits: Tensor, labels: Tensor, *, training: bool) -> Tensor:
+        if self.layout is None:
+            return head_loss(logits, labels, self.config, training=training)
+        reduction = self.config.vote_loss_reduction
+        return vote_loss(self._concentrations(logits), labels, self.layout, reduction=reduction)
+
+    def _concentrations(self, logits: Tensor) -> Tensor:
+        return concentrations_from_logits(logits, self.config.concentration_range)
 
 
 def _measure_spread(embeddings: StoredEmbeddings) -> tuple[Tensor, Tensor]:

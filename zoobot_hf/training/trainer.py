@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
@@ -15,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 
 from zoobot_hf.data.images import DECODING_THREADS, open_image
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
-from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.publishing.hub import push_folder
 from zoobot_hf.publishing.model_card import StageFacts
 from zoobot_hf.publishing.run_folder import save_stage
@@ -23,7 +24,7 @@ from zoobot_hf.publishing.run_folder import save_stage
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .augmentation import augment_galaxies, margin_of_turns
 from .embedding_cache import StoredEmbeddings, Views, store_embeddings
-from .head_grid import HeadGrid
+from .head_grid import HeadGrid, ModelWithHead
 from .machine import tune_memory_allocator
 
 logger = logging.getLogger(__name__)
@@ -37,16 +38,19 @@ class GalaxyCollator:
 
     Args:
         processor: The model's image processor.
+        vote_columns: Where the labels are votes, their columns in the order of the model's outputs.
     """
 
-    def __init__(self, processor: ZoobotImageProcessor) -> None:
+    def __init__(self, processor: ZoobotImageProcessor, *, vote_columns: list[str] | None = None) -> None:
         self.processor = processor
+        self.vote_columns = vote_columns
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch of pixel values, or of wide uint8 fields where the examples were prepared for augmentation.
 
         Args:
-            examples: With `image` (PIL), `wide_field` (uint8 tensor) or `embeddings`, and `label` where it is known.
+            examples: With `image` (PIL), `wide_field` (uint8 tensor) or `embeddings`, and `label` where it is known:
+                a number, a list of numbers, or votes by column.
         """
         if "embeddings" in examples[0]:
             batch = {"embeddings": torch.stack([example["embeddings"] for example in examples])}
@@ -55,8 +59,15 @@ class GalaxyCollator:
         else:
             batch = dict(self.processor([example["image"] for example in examples]))
         if "label" in examples[0]:
-            batch["labels"] = torch.stack([torch.as_tensor(example["label"]) for example in examples])
+            batch["labels"] = torch.stack([self._label(example["label"]) for example in examples])
         return batch
+
+    def _label(self, label: Any) -> Tensor:
+        if isinstance(label, dict):
+            columns = self.vote_columns or list(label)
+            # A vote that is None, as a table has what is missing, becomes NaN.
+            return torch.from_numpy(np.array([label[column] for column in columns], dtype=np.float32))
+        return torch.as_tensor(label)
 
 
 class WideFields:
@@ -95,7 +106,7 @@ class _StageTrainer(Trainer):
 
     def __init__(
         self,
-        model: ZoobotForImageClassification,
+        model: ModelWithHead,
         args: FrozenStageArguments | UnfrozenStageArguments,
         *,
         processing_class: ZoobotImageProcessor,
@@ -108,7 +119,7 @@ class _StageTrainer(Trainer):
                 margin = margin_of_turns(zoom_range=args.zoom_range, max_shift=args.max_shift)
                 undecoded = train_dataset.cast_column("image", ImageFeature(decode=False))
                 train_dataset = undecoded.with_transform(WideFields(processing_class, margin))
-        kwargs.setdefault("data_collator", GalaxyCollator(processing_class))
+        kwargs.setdefault("data_collator", GalaxyCollator(processing_class, vote_columns=_vote_columns(model)))
         super().__init__(model, args, processing_class=processing_class, train_dataset=train_dataset, **kwargs)
         if args.early_stopping_patience is not None and args.eval_strategy != "no":
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -221,7 +232,7 @@ class FrozenStageTrainer(_StageTrainer):
     optimizer: torch.optim.Optimizer | None
     train_dataset: Any
 
-    def __init__(self, model: ZoobotForImageClassification, args: FrozenStageArguments, **kwargs: Any) -> None:
+    def __init__(self, model: ModelWithHead, args: FrozenStageArguments, **kwargs: Any) -> None:
         if args.embedding_cache and kwargs.get("optimizers", (None, None)) != (None, None):
             raise ValueError("optimizers were given, but the grid of heads has its own; set embedding_cache=False.")
         model.freeze_encoder()
@@ -327,8 +338,7 @@ class FrozenStageTrainer(_StageTrainer):
             cache_dir=self.args.embedding_cache_dir,
             torch_compile=self.args.torch_compile,
         )
-        labels = torch.as_tensor(dataset["label"][:]) if "label" in dataset.column_names else None
-        return StoredEmbeddings(stored, labels)
+        return StoredEmbeddings(stored, _read_labels(dataset, self.classifier))
 
 
 class UnfrozenStageTrainer(_StageTrainer):
@@ -349,7 +359,7 @@ class UnfrozenStageTrainer(_StageTrainer):
     stage_name = "unfrozen"
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, model: ZoobotForImageClassification, args: UnfrozenStageArguments, **kwargs: Any) -> None:
+    def __init__(self, model: ModelWithHead, args: UnfrozenStageArguments, **kwargs: Any) -> None:
         model.unfreeze_encoder(args.last_blocks, keep_batch_norm_statistics=args.keep_batch_norm_statistics)
         super().__init__(model, args, **kwargs)
 
@@ -373,7 +383,7 @@ class UnfrozenStageTrainer(_StageTrainer):
 
 
 def layer_decay_groups(
-    model: ZoobotForImageClassification, *, learning_rate: float, layer_decay: float, weight_decay: float
+    model: ModelWithHead, *, learning_rate: float, layer_decay: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """The optimizer's groups: the head and the last block at the full rate, each block below at a lower one.
 
@@ -408,21 +418,56 @@ def _split_by_weight_decay(parameters: list[nn.Parameter], *, lr: float, weight_
     ]
 
 
-def check_labels(dataset: Dataset, model: ZoobotForImageClassification) -> None:
-    """Checks that a dataset's labels are the model's, in the same order.
+def check_labels(dataset: Dataset, model: ModelWithHead) -> None:
+    """Checks that a dataset's labels are the model's: in the same order, or votes with the same columns.
 
     Args:
         dataset: With `label`.
         model: The model.
 
     Raises:
-        ValueError: There is no `label`, or its names are others than the model's.
+        ValueError: There is no `label`, or its names, or its vote columns, are others than the model's.
     """
     if "label" not in dataset.features:
         raise ValueError(f"the dataset has no column label; it has {', '.join(dataset.column_names)}.")
-    feature = dataset.features["label"]
-    if isinstance(feature, ClassLabel) and feature.names != model.config.label_names:
+    feature, columns = dataset.features["label"], _vote_columns(model)
+    if isinstance(feature, dict) != (columns is not None):
+        raise ValueError(
+            f"the dataset's labels are {'votes' if columns is None else 'no votes'}, and the model is a "
+            f"{type(model).__name__}; load votes with load_galaxy_votes and train a ZoobotForGalaxyZoo on them, and "
+            "other labels with load_galaxy_dataset and a ZoobotForImageClassification."
+        )
+    if columns is not None:
+        _check_vote_columns(list(feature), columns)
+    elif isinstance(feature, ClassLabel) and feature.names != model.config.label_names:
         raise ValueError(
             f"the dataset has the labels {', '.join(feature.names)}; the model {', '.join(model.config.label_names)}; "
             "give the model a new head with label_names=dataset.features['label'].names in from_pretrained."
         )
+
+
+def _check_vote_columns(there: list[str], wanted: list[str]) -> None:
+    missing = [column for column in wanted if column not in there]
+    unknown = [column for column in there if column not in wanted]
+    if missing or unknown:
+        raise ValueError(
+            f"the dataset misses the vote columns {', '.join(missing) or 'none'}, and has "
+            f"{', '.join(unknown) or 'none'} that the model's decision tree doesn't have; load it with the model's "
+            "tree, or give the model a new head with decision_tree=tree.to_dict() in from_pretrained."
+        )
+
+
+def _vote_columns(model: ModelWithHead) -> list[str] | None:
+    return model.layout.vote_columns if isinstance(model, ZoobotForGalaxyZoo) else None
+
+
+def _read_labels(dataset: Dataset, model: ModelWithHead) -> Tensor | None:
+    """The labels of all rows, votes in the order of the model's outputs; no image is decoded."""
+    if "label" not in dataset.column_names:
+        return None
+    columns = _vote_columns(model)
+    if columns is None:
+        return torch.as_tensor(dataset["label"][:])
+    check_labels(dataset, model)
+    votes = dataset.select_columns("label").flatten().to_pandas()
+    return torch.from_numpy(votes[[f"label.{column}" for column in columns]].to_numpy(dtype=np.float32, copy=True))
