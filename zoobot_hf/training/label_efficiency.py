@@ -48,6 +48,7 @@ from .linear_heads import fit_linear_heads, standardise
 
 logger = logging.getLogger(__name__)
 
+SMALLEST_PROBABILITY = 1e-300  # of a float64, so that its logarithm is a number
 NUMBERS = (5, 10, 20, 40, 80, 160)
 SEEDS = 20
 FOLDS = 5  # a fifth of the galaxies is the test set
@@ -353,7 +354,8 @@ def _predict_by_logistic_regression(
         # With C = 1, scikit-learn's default, a weight of every dimension would be all but free.
         regression = make_pipeline(StandardScaler(), LogisticRegression(C=1 / embeddings.shape[1], max_iter=1000))
         regression.fit(embeddings[rows], labels[rows])
-        logits.append(regression.predict_log_proba(embeddings[draw.test]))
+        probabilities = regression.predict_proba(embeddings[draw.test])
+        logits.append(np.log(np.maximum(probabilities, SMALLEST_PROBABILITY)))
     return logits
 
 
