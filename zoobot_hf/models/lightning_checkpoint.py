@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from torch import Tensor
+
+try:
+    import timm
+except ImportError:  # this file also travels in repositories, and encoders that are not timm's do without it
+    timm = None
 
 TREE_HEAD = "head.1.0"  # FinetuneableZoobotTree; the others' heads are LinearHead, "head.linear"
 HUB_PREFIX = re.compile(r"(hf_hub:|hf-hub:)?([^/]+/)?(zoobot-encoder-)?(greyscale-)?")
@@ -37,7 +41,7 @@ class ZoobotCheckpoint(NamedTuple):
     def architecture(self) -> str | None:
         """The encoder's name in timm; None where the file doesn't say it, or says one that timm doesn't have."""
         name = HUB_PREFIX.sub("", self.settings.get("name") or "", count=1)
-        return name if timm.is_model(name) else None
+        return name if timm is not None and timm.is_model(name) else None
 
     def config_fields(self) -> dict[str, Any]:
         """What the file says about the head, as fields of `ZoobotConfig`."""
