@@ -1,11 +1,14 @@
 """The arguments of the two stages: TrainingArguments with a few fields more and other defaults."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
+
+MOST_WORKERS = 8
 
 # What the model card says of a stage.
 SHOWN_ARGUMENTS = (
@@ -26,7 +29,8 @@ class _StageArguments(TrainingArguments):
     """What both stages share.
 
     Changed defaults: evaluates, saves and logs once an epoch; keeps the checkpoint of lowest validation loss and the
-    last one, and ends with the former; leaves the dataset's columns alone; pushes to the Hub at the end alone.
+    last one, and ends with the former; leaves the dataset's columns alone; pushes to the Hub at the end alone;
+    on a GPU computes in bfloat16 and decodes in processes of their own.
     """
 
     augment: bool = field(default=True, metadata={"help": "Turn, mirror, zoom and shift the training images."})
@@ -41,6 +45,16 @@ class _StageArguments(TrainingArguments):
         metadata={"help": "Epochs without a lower validation loss after which the stage ends."},
     )
 
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision in bfloat16; where absent, on a GPU that has it."}
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that decode images; where absent, up to 8 on a GPU and none on a CPU."},
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Keep these processes between epochs; where absent, if there are any."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is an accelerator."})
     dataloader_pin_memory: bool = field(default=True, metadata={"help": "Pin memory where there is a device."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
@@ -68,9 +82,20 @@ class _StageArguments(TrainingArguments):
         values = {name: getattr(self, name, None) for name in SHOWN_ARGUMENTS}
         return {name: value for name, value in values.items() if value is not None}
 
+    def _workers_for_images(self) -> int:
+        return 0 if self.uses_embedding_cache else min(MOST_WORKERS, (os.cpu_count() or 1) - 1)
+
     def __post_init__(self) -> None:
         # Left alone, several processes on a machine without an accelerator would not find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        if self.dataloader_num_workers is None:
+            # A CPU that trains has no cores to spare; stored embeddings need no decoding.
+            self.dataloader_num_workers = self._workers_for_images() if on_gpu else 0
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         super().__post_init__()
         # Pinning needs a device to copy to; without one PyTorch warns at every start of a loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"

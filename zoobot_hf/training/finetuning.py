@@ -46,6 +46,9 @@ MACHINE_ARGUMENTS = (
     "run_name",
     "disable_tqdm",
     "use_cpu",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
     "hub_token",
     "embedding_cache_dir",
 )
