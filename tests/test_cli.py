@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModel, ConvNextConfig, pipeline
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotImageProcessor, read_catalog
-from zoobot_hf.cli import main
+from zoobot_hf.cli import COMMANDS, main
 from zoobot_hf.data.catalog import find_catalog
 
 COMMAND = Path(sys.executable).with_name("zoobot-hf")
@@ -621,7 +621,9 @@ def test_a_table_that_can_not_be_written_is_refused_before_predicting(
 ):
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "file").touch()
-    monkeypatch.setattr("zoobot_hf.cli.predict_galaxies", lambda *args, **options: pytest.fail("predicted"))
+    monkeypatch.setattr(
+        "zoobot_hf.commands.predict.predict_galaxies", lambda *args, **options: pytest.fail("predicted")
+    )
     before = sorted(tmp_path.iterdir())
     line = refused("predict", "--model", model_folder, "--images", shared_galaxy_folder, "--output", tmp_path / name)
     assert message in line
@@ -700,29 +702,39 @@ PREDICT = ("predict", "--model=M", "--images=I", "--output=table.csv")
     ],
 )
 def test_an_error_is_one_line(error, line, refused, monkeypatch):
-    monkeypatch.setattr("zoobot_hf.cli.read_galaxies", fail_with(error))
+    monkeypatch.setattr("zoobot_hf.commands.predict.read_galaxies", fail_with(error))
     assert refused(*PREDICT) == line
 
 
 def test_debug_shows_where_an_error_came_from(monkeypatch):
-    monkeypatch.setattr("zoobot_hf.cli.read_galaxies", fail_with(ValueError("no galaxies")))
+    monkeypatch.setattr("zoobot_hf.commands.predict.read_galaxies", fail_with(ValueError("no galaxies")))
     with pytest.raises(ValueError, match="no galaxies"):
         main([*PREDICT, "--debug"])
 
 
 def test_an_interrupt_is_one_line_and_status_130(zoobot_hf, monkeypatch):
-    monkeypatch.setattr("zoobot_hf.cli.read_galaxies", fail_with(KeyboardInterrupt()))
+    monkeypatch.setattr("zoobot_hf.commands.predict.read_galaxies", fail_with(KeyboardInterrupt()))
     outcome = zoobot_hf(*PREDICT)
     assert (outcome.status, outcome.complaints) == (130, ["zoobot-hf: interrupted"])
 
 
 def test_an_interrupted_finetuning_says_how_to_go_on(zoobot_hf, monkeypatch, shared_galaxy_folder):
-    monkeypatch.setattr("zoobot_hf.cli.load_galaxy_dataset", fail_with(KeyboardInterrupt()))
+    monkeypatch.setattr("zoobot_hf.commands.inputs.load_galaxy_dataset", fail_with(KeyboardInterrupt()))
     outcome = zoobot_hf(*finetune_options(shared_galaxy_folder, "E", "O"))
     assert (outcome.status, outcome.complaints) == (130, ["zoobot-hf: interrupted; go on with --resume"])
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("finetune",), ("predict",)])
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from zoobot_hf.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print({'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_every_command_has_help(command, zoobot_hf):
     outcome = zoobot_hf(*command, "--help")
     assert outcome.status == 0
@@ -772,7 +784,7 @@ def test_other_files_in_the_output_folder_are_never_lost(
 
 
 def test_demo_does_not_delete_what_it_did_not_make(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("zoobot_hf.cli.DEMO_GALAXIES", 12)
+    monkeypatch.setattr("zoobot_hf.commands.demo.DEMO_GALAXIES", 12)
     (tmp_path / "thesis.tex").write_text("My thesis")
     assert "holds files that are not a run's" in refused("demo", "--output_dir", tmp_path, "--device=cpu")
     assert (tmp_path / "thesis.tex").read_text() == "My thesis"

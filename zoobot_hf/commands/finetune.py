@@ -1,0 +1,180 @@
+"""`zoobot-hf finetune`: a new head on an encoder, then both."""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from transformers import set_seed
+
+from ..data.balance import Strategy
+from ..data.dataset import split_dataset
+from ..evaluation.selection import AIMS
+from ..models.configuration_zoobot import HEAD_TYPES
+from ..models.conversion import image_processor_for
+from ..models.image_processing_zoobot import ZoobotImageProcessor
+from ..models.modeling_zoobot import ZoobotForImageClassification
+from ..publishing.hub import check_push, push_folder
+from ..training.arguments import FrozenStageArguments, UnfrozenStageArguments
+from ..training.cross_validation import CrossValidation, cross_validate, write_cross_validation
+from ..training.finetuning import Finetuned, finetune
+from .inputs import choose_device, load_dataset, stage_arguments
+from .options import add_device, add_encoder_and_dataset, add_seed, number, share
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_encoder_and_dataset(parser)
+    parser.add_argument("--output_dir", required=True, type=Path, help="where model, card, table and figures go")
+    for split in ("validation", "test"):
+        parser.add_argument(
+            f"--{split}_fraction",
+            type=float,
+            default=0.2,
+            help=f"share of the galaxies in the {split} split, unless the dataset has one (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--sky_prevalence",
+        nargs="+",
+        type=share,
+        metavar="LABEL=SHARE",
+        help="share of each label in the sky that predictions are for; one may be left out, and is the rest "
+        "(default: that of the training split before balancing)",
+    )
+    parser.add_argument(
+        "--decision_aim",
+        choices=AIMS,
+        default="f1",
+        help="what the threshold for selecting galaxies is for (default: %(default)s, the best there is)",
+    )
+    parser.add_argument(
+        "--decision_at_least",
+        type=number(float, above=0, at_most=1),
+        help="the purity or completeness to be reached in the sky",
+    )
+    parser.add_argument("--balance", choices=get_args(Strategy), help="balance the classes of the training split")
+    parser.add_argument(
+        "--folds",
+        type=number(int, 2),
+        help="judge every galaxy by a model that was not trained on it, in this many folds, before the finetuning; the "
+        "tables go to a folder beside output_dir",
+    )
+    _add_training_options(parser)
+    add_seed(parser)
+    add_device(parser)
+    parser.set_defaults(advice="; go on with --resume")
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--head_type", choices=HEAD_TYPES, default="linear", help="(default: %(default)s)")
+    parser.add_argument(
+        "--frozen_epochs",
+        type=number(float, above=0),
+        help=f"most epochs with the encoder frozen (default: {FrozenStageArguments.num_train_epochs})",
+    )
+    parser.add_argument(
+        "--unfrozen_epochs",
+        type=number(float, 0),
+        help=f"most epochs after that; 0 leaves the stage out (default: {UnfrozenStageArguments.num_train_epochs})",
+    )
+    parser.add_argument(
+        "--last_blocks",
+        type=number(int, 1),
+        help="unfreeze only this many of the encoder's last blocks (default: all)",
+    )
+    parser.add_argument("--license", metavar="NAME", help="the model's licence on its card, for example apache-2.0")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="push the finetuned model to this repository")
+    earlier_run = parser.add_mutually_exclusive_group()
+    earlier_run.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
+    earlier_run.add_argument("--overwrite", action="store_true", help="delete the run in output_dir and start anew")
+
+
+def run(options: argparse.Namespace) -> int:
+    choose_device(options.device)
+    if options.push_to_hub:
+        check_push(options.push_to_hub)
+    fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
+    galaxies = load_dataset(options)
+    dataset = split_dataset(galaxies, seed=options.seed, **fractions)
+    processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
+    set_seed(options.seed)  # the new head's weights
+    model = ZoobotForImageClassification.from_pretrained(
+        options.encoder, label_names=dataset["train"].features["label"].names, head_type=options.head_type
+    )
+    frozen, unfrozen = stage_arguments(options)
+    if options.frozen_epochs is not None:
+        frozen.num_train_epochs = options.frozen_epochs
+    if options.unfrozen_epochs is not None:
+        unfrozen.num_train_epochs = options.unfrozen_epochs
+    unfrozen.last_blocks = options.last_blocks
+    if options.folds is not None:
+        _cross_validate(options, model, processor, galaxies, frozen, unfrozen)
+    finetuned = finetune(
+        model,
+        processor,
+        dataset,
+        options.output_dir,
+        frozen=frozen,
+        unfrozen=unfrozen,
+        skip_unfrozen=options.unfrozen_epochs == 0,
+        balance=options.balance,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        dataset_name=Path(options.dataset).name if Path(options.dataset).exists() else options.dataset,
+        sky_prevalence=dict(options.sky_prevalence) if options.sky_prevalence else None,
+        decision_aim=options.decision_aim,
+        decision_at_least=options.decision_at_least,
+        license_name=options.license,
+    )
+    if PartialState().is_main_process:
+        print_report(finetuned)
+        if options.push_to_hub:
+            print(f"pushed to {push_folder(finetuned.output_dir, options.push_to_hub)}")
+    return 0
+
+
+def _cross_validate(
+    options: argparse.Namespace,
+    model: ZoobotForImageClassification,
+    processor: ZoobotImageProcessor,
+    galaxies: Dataset | DatasetDict,
+    frozen: FrozenStageArguments,
+    unfrozen: UnfrozenStageArguments,
+) -> None:
+    result = cross_validate(
+        model,
+        processor,
+        galaxies,
+        folds=options.folds,
+        frozen=frozen,
+        unfrozen=unfrozen,
+        skip_unfrozen=options.unfrozen_epochs == 0,
+        balance=options.balance,
+        seed=options.seed,
+    )
+    folder = options.output_dir.resolve().with_name(f"{options.output_dir.resolve().name}-folds")
+    paths = write_cross_validation(result, galaxies, folder)
+    _report_folds(result)
+    print("\n" + "\n".join(map(str, paths)))
+
+
+def _report_folds(result: CrossValidation) -> None:
+    names = ("roc_auc", "log_loss", "expected_calibration_error")
+    print(f"\nout of fold, {len(result.table)} galaxies: value and {result.scores.confidence:.0%} interval")
+    print("{:40}{:8.3f}  {:.3f} to {:.3f}".format("accuracy", *result.accuracy))
+    for label, scores in result.scores.labels.items():
+        for name in names:
+            print("{:40}{:8.3f}  {:.3f} to {:.3f}".format(f"{name.replace('_', ' ')} of {label}", *scores[name]))
+    print(f"{int(result.doubtful['is_doubtful'].sum())} labels are doubtful")
+
+
+def print_report(finetuned: Finetuned) -> None:
+    names = ("accuracy", "roc_auc", "completeness", "purity", "log_loss")
+    print("\non the test split" + "".join(f"{name.replace('_', ' '):>14}" for name in names))
+    for stage in finetuned.stages:
+        kept = " (kept)" if stage.name == finetuned.kept_stage else ""
+        values = [finetuned.test_metrics[stage.name][name] for name in names]
+        print(f"{stage.name + kept:17}" + "".join(f"{value:14.3f}" for value in values))
+    folder = finetuned.output_dir
+    print(f"\nmodel    {folder}\ncard     {folder / 'README.md'}\ntable    {folder / 'predictions.parquet'}")
+    print(f"figures  {', '.join(str(path) for path in sorted((folder / 'figures').glob('*.png')))}")

@@ -1,0 +1,57 @@
+"""What several subcommands load: the device, the galaxies, the model, and the stages' arguments."""
+
+import argparse
+
+import torch
+from datasets import Dataset, DatasetDict
+
+from ..data.dataset import load_galaxy_dataset
+from ..data.rings import load_rings
+from ..models.configuration_zoobot import ZoobotConfig
+from ..models.conversion import local_copy, read_configuration
+from ..models.image_processing_zoobot import ZoobotImageProcessor
+from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
+from ..models.modeling_zoobot import ZoobotForImageClassification
+from ..prediction.galaxies import Classifier
+from ..training.arguments import FrozenStageArguments, UnfrozenStageArguments
+
+
+def choose_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            "device is 'cuda', and this machine has no CUDA device that torch can use; choose cpu or auto."
+        )
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_dataset(options: argparse.Namespace) -> Dataset | DatasetDict:
+    if options.dataset == "simulated":
+        return load_rings("simulated", seed=options.seed)
+    return load_galaxy_dataset(
+        options.dataset,
+        label_column=options.label_column,
+        configuration=options.configuration,
+        revision=options.revision,
+    )
+
+
+def load_finetuned(name: str) -> tuple[ZoobotForImageClassification, ZoobotImageProcessor]:
+    folder = local_copy(name)
+    if read_configuration(folder).get("model_type") != ZoobotConfig.model_type:
+        # from_pretrained would give it a new head, whose predictions are noise.
+        raise ValueError(
+            f"model is {name!r}, which zoobot-hf has not finetuned; run zoobot-hf finetune --encoder {name}."
+        )
+    return ZoobotForImageClassification.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
+
+
+def load_classifier(name: str) -> tuple[Classifier, ZoobotImageProcessor]:
+    folder = local_copy(name)
+    if read_configuration(folder).get("decision_tree"):
+        return ZoobotForGalaxyZoo.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
+    return load_finetuned(name)
+
+
+def stage_arguments(options: argparse.Namespace) -> tuple[FrozenStageArguments, UnfrozenStageArguments]:
+    common = {"seed": options.seed, "use_cpu": options.device == "cpu"}
+    return FrozenStageArguments(**common), UnfrozenStageArguments(**common)

@@ -1,0 +1,67 @@
+"""Options that several subcommands share, and how their values are read."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+from ..models.conversion import DEFAULT_ZOOM, NORMALIZATIONS
+
+# numpy, which seeds the splits and the augmentation, takes no more.
+LARGEST_SEED = 2**32 - 1
+
+
+def number(
+    kind: type[int] | type[float], at_least: float = -math.inf, *, above: float = -math.inf, at_most: float = math.inf
+) -> Callable[[str], float]:
+    """A function that reads an option's number and refuses one out of range; NaN and infinity always are."""
+    limits = {"at least": at_least, "above": above, "at most": at_most}
+    wanted = " and ".join(f"{name} {limit:.0f}" for name, limit in limits.items() if math.isfinite(limit))
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not (at_least <= number <= at_most and above < number < math.inf):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"it is {text!r}; give {noun} {wanted}")
+        return number
+
+    return read
+
+
+def share(text: str) -> tuple[str, float]:
+    label, _, share = text.rpartition("=")
+    try:
+        return label, float(share)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; give a label and its share, as in ring=0.05") from None
+
+
+def add_encoder_and_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoder", required=True, help="folder or Hub id of an encoder or a finetuned model")
+    parser.add_argument("--dataset", required=True, help="catalog, folder, Hub id, or 'simulated' for drawn rings")
+    parser.add_argument("--label_column", default="label", help="column with the labels (default: %(default)s)")
+    parser.add_argument("--configuration", help="configuration of a Hub dataset")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
+    parser.add_argument(
+        "--zoom",
+        type=number(float, 1),
+        help=f"magnify the centre of each image by this (default: {DEFAULT_ZOOM}, or the finetuned model's own)",
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=NORMALIZATIONS,
+        default="auto",
+        help="'encoder' applies the mean and standard deviation that the encoder's repository states; 'none' gives "
+        "RGB in 0-1, as Galaxy Zoo's encoders take it; 'auto' is 'none' for encoders in timm's layout and 'encoder' "
+        "for others that state them (default: %(default)s)",
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=number(int, 0, at_most=LARGEST_SEED), default=42, help="(default: %(default)s)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")

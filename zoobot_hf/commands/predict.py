@@ -1,0 +1,116 @@
+"""`zoobot-hf predict`: a table of predictions for a catalog, a folder of images or a survey."""
+
+import argparse
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..data.catalog import check_catalog_can_be_written, find_catalog, read_galaxies, write_catalog
+from ..models.configuration_zoobot import PREVALENCES
+from ..prediction.galaxies import predict_galaxies
+from ..prediction.survey import predict_survey
+from .inputs import choose_device, load_classifier, load_finetuned
+from .messages import complain
+from .options import add_device, number
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or Hub id of a finetuned model")
+    parser.add_argument(
+        "--images",
+        required=True,
+        help="catalog, or folder with a catalog or images; for an output folder also a pattern for many catalogs, in "
+        "quotes",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="one table: .csv, .parquet, .fits, .vot or .ecsv; or a folder, for a survey of any size: the same command "
+        "goes on with a run that was stopped",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=number(int, 1),
+        help="galaxies that the encoder sees at once (default: what suits the device)",
+    )
+    parser.add_argument(
+        "--prevalence", choices=PREVALENCES, help="probabilities for this prevalence (default: the model's own)"
+    )
+    parser.add_argument(
+        "--torch_compile", action="store_true", help="compile the model, which pays from some thousand images on"
+    )
+    parser.add_argument(
+        "--retry_failures", action="store_true", help="try again what an earlier run into the folder couldn't read"
+    )
+    parser.add_argument(
+        "--max_failures", type=number(int, 0), help="stop a run into a folder after more failures than this"
+    )
+    add_device(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    if not options.output.suffix:
+        return _predict_survey(options)
+    return _predict_table(options)
+
+
+def _predict_survey(options: argparse.Namespace) -> int:
+    device = choose_device(options.device)
+    model, processor = load_classifier(options.model)
+    done = predict_survey(
+        model,
+        processor,
+        options.images,
+        options.output,
+        model_name=options.model,
+        batch_size=options.batch_size,
+        device=device,
+        prevalence=options.prevalence,
+        torch_compile=options.torch_compile,
+        retry_failures=options.retry_failures,
+        max_failures=options.max_failures,
+    )
+    if PartialState().is_main_process:
+        print(f"{done.galaxies - done.failures} galaxies: {done.folder / 'predictions'}")
+        if done.failures:
+            path = done.folder / "failures.parquet"
+            complain(f"{done.failures} of {done.galaxies} galaxies can't be predicted; their reasons: {path}")
+    return 1 if done.failures else 0
+
+
+def _predict_table(options: argparse.Namespace) -> int:
+    for name in ("retry_failures", "max_failures"):
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"{name} is for an output folder, and {options.output} is one table; leave it out.")
+    device = choose_device(options.device)
+    failures_path = options.output.with_name(f"{options.output.stem}-failures.csv")
+    _check_tables(Path(options.images), options.output, failures_path)
+    catalog = read_galaxies(options.images, images_must_exist=False)
+    model, processor = load_finetuned(options.model)
+    table, failures = predict_galaxies(
+        model,
+        processor,
+        catalog,
+        batch_size=options.batch_size,
+        device=device,
+        prevalence=options.prevalence,
+        torch_compile=options.torch_compile,
+    )
+    write_catalog(table, options.output)
+    print(f"{len(table)} galaxies: {options.output}")
+    if failures.empty:
+        failures_path.unlink(missing_ok=True)  # an earlier run's, and no longer true
+        return 0
+    write_catalog(failures, failures_path)
+    complain(f"{len(failures)} of {len(catalog)} images can't be read; their reasons: {failures_path}")
+    return 1
+
+
+def _check_tables(images: Path, *tables: Path) -> None:
+    """Finds out before the predictions, which may take hours, what would stop their tables from being written."""
+    catalog_path = find_catalog(images) if images.is_dir() else images
+    for path in tables:
+        check_catalog_can_be_written(path)
+        if catalog_path is not None and path.resolve() == catalog_path.resolve():
+            raise ValueError(f"output is {path}, the catalog itself, which would be lost; choose another file.")
