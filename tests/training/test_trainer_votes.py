@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Value
 from tiny_models import ENCODERS
 
 from zoobot_hf import (
@@ -23,30 +23,6 @@ from zoobot_hf.training.trainer import GalaxyCollator, check_labels
 
 DECALS, EUCLID = load_survey("decals_dr5"), load_survey("euclid")
 STAGES = [FrozenStageTrainer, UnfrozenStageTrainer]
-
-
-@pytest.fixture
-def galaxies_with_votes(galaxy_images, galaxy_labels):
-    """Galaxies whose volunteers, of the tree that is given, agree on the first answer for rings, else on the last."""
-
-    def make(tree, *, reverse=False):
-        generator = np.random.default_rng(0)
-        votes = []
-        for label in galaxy_labels:
-            row = {}
-            for question in tree.questions:
-                shares = np.ones(len(question.answers))
-                shares[0 if label else -1] = 20
-                counts = generator.multinomial(12, shares / shares.sum())
-                names = [answer.vote_column for answer in question.answers]
-                row |= {name: float(count) for name, count in zip(names, counts, strict=True)}
-            votes.append(row)
-        columns = tree.vote_columns[::-1] if reverse else tree.vote_columns
-        features = {"id_str": Value("string"), "image": Image(), "label": {name: Value("float32") for name in columns}}
-        rows = {"id_str": [f"galaxy_{n:02d}" for n in range(len(votes))], "image": galaxy_images, "label": votes}
-        return Dataset.from_dict(rows, features=Features(features))
-
-    return make
 
 
 def model_of(encoder, tree=DECALS):
