@@ -231,8 +231,8 @@ def galaxy_folder(shared_galaxy_folder, tmp_path):
     return shutil.copytree(shared_galaxy_folder, tmp_path / "galaxies")
 
 
-@pytest.fixture
-def galaxies_with_votes(galaxy_images, galaxy_labels):
+@pytest.fixture(scope="session")
+def galaxies_with_votes(drawn_galaxies, galaxy_labels):
     """Galaxies whose volunteers, of the tree that is given, agree on the first answer for rings, else on the last."""
     from datasets import Dataset, Features, Image, Value
 
@@ -250,7 +250,7 @@ def galaxies_with_votes(galaxy_images, galaxy_labels):
             votes.append(row)
         columns = tree.vote_columns[::-1] if reverse else tree.vote_columns
         features = {"id_str": Value("string"), "image": Image(), "label": {name: Value("float32") for name in columns}}
-        rows = {"id_str": [f"galaxy_{n:02d}" for n in range(len(votes))], "image": galaxy_images, "label": votes}
+        rows = {"id_str": [f"galaxy_{n:02d}" for n in range(len(votes))], "image": drawn_galaxies, "label": votes}
         return Dataset.from_dict(rows, features=Features(features))
 
     return make
