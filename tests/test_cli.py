@@ -332,7 +332,7 @@ def test_a_decals_model_is_finetuned_to_euclids_votes(votes_folder, tree_folder,
     outcome = zoobot_hf(*votes_options(votes_folder, tree_folder, tmp_path / "out"))
     assert outcome.status == 0
     assert "answers are taken over: smooth-or-featured-euclid_smooth, " in caplog.text
-    assert re.search(r"on the test split +accuracy +mean error +RMS error +likelihood +coverage\n", outcome.output)
+    assert re.search(r"on the test split +accuracy +mean error +RMS error +log likelihood +coverage\n", outcome.output)
     assert re.search(r"\nfrozen( \(kept\))?( +-?\d+\.\d{3}){5}\nunfrozen", outcome.output)
     for name in ("predictions.parquet", "predictions-friendly.parquet", "figures/vote_fractions.png"):
         assert str(tmp_path / "out" / name) in outcome.output

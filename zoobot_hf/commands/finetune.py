@@ -29,7 +29,7 @@ COLUMNS_OF_VOTES = {
     "vote_accuracy": "accuracy",
     "vote_mean_absolute_error": "mean error",
     "vote_root_mean_squared_error": "RMS error",
-    "vote_log_likelihood": "likelihood",
+    "vote_log_likelihood": "log likelihood",
     "vote_interval_coverage": "coverage",
 }
 
@@ -207,11 +207,11 @@ def _report_folds(result: CrossValidation) -> None:
 def print_report(finetuned: Finetuned) -> None:
     answers_a_tree = isinstance(finetuned.model, ZoobotForGalaxyZoo)
     names = COLUMNS_OF_VOTES if answers_a_tree else {name: name.replace("_", " ") for name in SCORES_OF_LABELS}
-    print("\non the test split" + "".join(f"{words:>14}" for words in names.values()))
+    print("\non the test split" + "".join(f"{words:>16}" for words in names.values()))
     for stage in finetuned.stages:
         kept = " (kept)" if stage.name == finetuned.kept_stage else ""
         values = [finetuned.test_metrics[stage.name][name] for name in names]
-        print(f"{stage.name + kept:17}" + "".join(f"{value:14.3f}" for value in values))
+        print(f"{stage.name + kept:17}" + "".join(f"{value:16.3f}" for value in values))
     folder = finetuned.output_dir
     print(f"\nmodel    {folder}\ncard     {folder / 'README.md'}")
     print(f"table    {', '.join(str(path) for path in sorted(folder.glob('predictions*.parquet'), reverse=True))}")

@@ -28,7 +28,7 @@ KINDS = {
     "single_label_classification": ("A classifier", "labels, of which a galaxy has one"),
     "multi_label_classification": ("A classifier", "labels, of which a galaxy may have several"),
     "regression": ("A regression model", "outputs"),
-    "votes": ("A model of Galaxy Zoo's volunteers", "vote columns"),
+    "votes": ("A model of volunteers' answers", "vote columns"),
 }
 # The Hub knows these two by another name than an astronomer does.
 HUB_METRIC_TYPES = {"completeness": "recall", "purity": "precision"}

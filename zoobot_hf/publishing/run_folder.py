@@ -134,7 +134,9 @@ def draw_figures(
         judged_labels: The labels whose probabilities are drawn.
         judged_votes: The votes that are drawn; None for a model without a decision tree.
     """
-    captions = {f"{FIGURES}/training_curves.png": "Loss and scores by epoch; the kept epoch is marked."}
+    has_scores = any("eval_accuracy" in record for history in histories.values() for record in history)
+    drawn = "Loss and scores" if has_scores else "Loss"
+    captions = {f"{FIGURES}/training_curves.png": f"{drawn} by epoch; the kept epoch is marked."}
     plot_training_curves(
         histories, folder / FIGURES / "training_curves.png", kept_stage=kept_stage, kept_epoch=kept_epoch
     )
