@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 # The grid of heads: factors of the learning rate, and of the weight decay.
 GRID = tuple((rate, decay) for rate in (0.03, 0.1, 0.3, 1.0) for decay in (1.0,))
+# Concentrations have further to go than the logits of classes: on 540 drawn galaxies and an encoder trained on them, 20
+# epochs came to a validation loss of 43.5, and with the rates above to 51.0.
+GRID_OF_VOTES = tuple((rate, 1.0) for rate in (0.3, 1.0, 3.0, 10.0, 30.0))
 
 
 class GalaxyCollator:
@@ -255,7 +258,8 @@ class FrozenStageTrainer(_StageTrainer):
         images = self.train_dataset
         embeddings = self._embeddings(images, views=self._views())
         # Without validation nothing could choose between heads.
-        self.grid_settings = GRID if self.eval_dataset is not None else ((1.0, 1.0),)
+        grid_settings = GRID_OF_VOTES if isinstance(self.classifier, ZoobotForGalaxyZoo) else GRID
+        self.grid_settings = grid_settings if self.eval_dataset is not None else ((1.0, 1.0),)
         grid = HeadGrid(self.classifier, embeddings, count=len(self.grid_settings))
         self.optimizer = self.lr_scheduler = None
         self.train_dataset, self.model, self.model_wrapped = embeddings, grid, grid
