@@ -26,7 +26,7 @@ from zoobot_hf import (
     read_votes,
     split_dataset,
 )
-from zoobot_hf.evaluation.vote_metrics import score_votes, vote_metrics_for
+from zoobot_hf.evaluation.vote_metrics import vote_metrics_for
 from zoobot_hf.publishing.hub import push_folder
 from zoobot_hf.training.trainer import FrozenStageTrainer
 
@@ -257,24 +257,3 @@ def test_a_run_is_pushed_with_its_tables(finished, hub, hub_token, repo_id):
     assert {"predictions-friendly.parquet", "figures/vote_fractions.png"} < set(hub.files(repo_id))
     model = ZoobotForGalaxyZoo.from_pretrained(repo_id)
     assert model.config.decision_tree == EUCLID.to_dict()
-
-
-def test_scores_count_the_galaxies_behind_them():
-    tree = {
-        "name": "rings",
-        "questions": [
-            {
-                "name": "ring",
-                "asked_after": [],
-                "answers": [{"name": "yes", "vote_column": "ring_yes"}, {"name": "no", "vote_column": "ring_no"}],
-            }
-        ],
-    }
-    votes = [[9, 1], [8, 2], [0, 9], [0, 0], [np.nan, np.nan], [0, 10]]
-    scores = score_votes([[3, 1]] * 6, votes, tree)
-    # 0.9 and 1 are above 0.8 with ten votes; the expected fraction of "yes" is 0.75 everywhere.
-    assert scores["questions"]["ring"]["asked"] == 4
-    assert scores["questions"]["ring"]["confident"] == 2
-    assert scores["vote_accuracy"] == 0.5
-    assert scores["vote_mean_absolute_error"] == pytest.approx((0.15 + 0.05 + 0.75 + 0.75) / 4)
-    assert scores["questions"]["ring"]["vote_mean_absolute_error"] == scores["vote_mean_absolute_error"]

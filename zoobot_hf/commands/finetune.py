@@ -17,7 +17,7 @@ from ..models.conversion import image_processor_for
 from ..models.image_processing_zoobot import ZoobotImageProcessor
 from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from ..models.modeling_zoobot import ZoobotForImageClassification
-from ..publishing.hub import check_push, push_folder
+from ..publishing.hub import ADVANCED, FRIENDLY, PREDICTIONS, check_push, push_folder
 from ..training.arguments import FrozenStageArguments, UnfrozenStageArguments
 from ..training.cross_validation import CrossValidation, cross_validate, write_cross_validation
 from ..training.finetuning import Finetuned, finetune
@@ -214,5 +214,6 @@ def print_report(finetuned: Finetuned) -> None:
         print(f"{stage.name + kept:17}" + "".join(f"{value:16.3f}" for value in values))
     folder = finetuned.output_dir
     print(f"\nmodel    {folder}\ncard     {folder / 'README.md'}")
-    print(f"table    {', '.join(str(path) for path in sorted(folder.glob('predictions*.parquet'), reverse=True))}")
+    tables = (folder / name for name in (PREDICTIONS, FRIENDLY, ADVANCED) if (folder / name).is_file())
+    print(f"table    {', '.join(map(str, tables))}")
     print(f"figures  {', '.join(str(path) for path in sorted((folder / 'figures').glob('*.png')))}")
