@@ -231,6 +231,31 @@ def galaxy_folder(shared_galaxy_folder, tmp_path):
     return shutil.copytree(shared_galaxy_folder, tmp_path / "galaxies")
 
 
+@pytest.fixture(scope="session")
+def galaxies_with_votes(drawn_galaxies, galaxy_labels):
+    """Galaxies whose volunteers, of the tree that is given, agree on the first answer for rings, else on the last."""
+    from datasets import Dataset, Features, Image, Value
+
+    def make(tree, *, reverse=False):
+        generator = np.random.default_rng(0)
+        votes = []
+        for label in galaxy_labels:
+            row = {}
+            for question in tree.questions:
+                shares = np.ones(len(question.answers))
+                shares[0 if label else -1] = 20
+                counts = generator.multinomial(12, shares / shares.sum())
+                names = [answer.vote_column for answer in question.answers]
+                row |= {name: float(count) for name, count in zip(names, counts, strict=True)}
+            votes.append(row)
+        columns = tree.vote_columns[::-1] if reverse else tree.vote_columns
+        features = {"id_str": Value("string"), "image": Image(), "label": {name: Value("float32") for name in columns}}
+        rows = {"id_str": [f"galaxy_{n:02d}" for n in range(len(votes))], "image": drawn_galaxies, "label": votes}
+        return Dataset.from_dict(rows, features=Features(features))
+
+    return make
+
+
 # Models ---------------------------------------------------------------------------------------------------------
 
 

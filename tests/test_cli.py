@@ -11,14 +11,23 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from transformers import AutoModel, ConvNextConfig, pipeline
 
-from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotImageProcessor, read_catalog
+from zoobot_hf import (
+    ZoobotConfig,
+    ZoobotForGalaxyZoo,
+    ZoobotForImageClassification,
+    ZoobotImageProcessor,
+    load_survey,
+    read_catalog,
+)
 from zoobot_hf.cli import COMMANDS, main
 from zoobot_hf.data.catalog import find_catalog
 
 COMMAND = Path(sys.executable).with_name("zoobot-hf")
 ENCODER = ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32)
+DECALS, EUCLID = load_survey("decals_dr5"), load_survey("euclid")
 NORMALIZATION = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 METRICS = {
     "accuracy",
@@ -292,6 +301,143 @@ def test_a_split_without_a_class_is_reported_after_resume(model_folder, galaxy_f
         outcome = zoobot_hf(*options, *more)
         assert outcome.status == 0
         assert re.search(r"\nfrozen \(kept\) +\d\.\d{3} +nan", outcome.output)
+
+
+# votes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def votes_folder(galaxy_folder, galaxies_with_votes):
+    """The drawn galaxies with votes on Euclid's questions in their catalog."""
+    votes = pd.DataFrame(galaxies_with_votes(EUCLID)["label"][:])
+    return edit_catalog(galaxy_folder, lambda table: table.join(votes))
+
+
+@pytest.fixture
+def tree_folder(tmp_path):
+    """A model of the DECaLS decision tree, as a finetuning leaves it."""
+    folder = tmp_path / "decals-model"
+    torch.manual_seed(0)
+    ZoobotForGalaxyZoo(ZoobotConfig(ENCODER, decision_tree=DECALS.to_dict())).save_pretrained(folder)
+    ZoobotImageProcessor(32).save_pretrained(folder)
+    return folder
+
+
+def votes_options(dataset, encoder, output_dir, **changes):
+    return finetune_options(dataset, encoder, output_dir, **{"label_column": None, "survey": "euclid", **changes})
+
+
+def test_a_decals_model_is_finetuned_to_euclids_votes(votes_folder, tree_folder, tmp_path, zoobot_hf, caplog):
+    caplog.set_level("INFO")
+    outcome = zoobot_hf(*votes_options(votes_folder, tree_folder, tmp_path / "out"))
+    assert outcome.status == 0
+    assert "answers are taken over: smooth-or-featured-euclid_smooth, " in caplog.text
+    assert re.search(r"on the test split +accuracy +mean error +RMS error +log likelihood +coverage\n", outcome.output)
+    assert re.search(r"\nfrozen( \(kept\))?( +-?\d+\.\d{3}){5}\nunfrozen", outcome.output)
+    for name in ("predictions.parquet", "predictions-friendly.parquet", "figures/vote_fractions.png"):
+        assert str(tmp_path / "out" / name) in outcome.output
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics["frozen"]["questions"]) == {question.name for question in EUCLID.questions}
+    assert ZoobotConfig.from_pretrained(tmp_path / "out").decision_tree == EUCLID.to_dict()
+
+
+def test_an_encoder_is_finetuned_to_a_tree_of_ones_own(votes_folder, encoder_folder, tmp_path, zoobot_hf, caplog):
+    caplog.set_level("INFO")
+    values = EUCLID.to_dict()
+    (tmp_path / "mine.json").write_text(json.dumps({"name": "mine", "questions": values["questions"][:1]}))
+    smooth = [answer.vote_column for answer in EUCLID.questions[0].answers]
+    edit_catalog(votes_folder, lambda table: table[["id_str", "file_loc", *smooth]])
+    options = votes_options(votes_folder, encoder_folder, tmp_path / "out", survey=tmp_path / "mine.json")
+    assert zoobot_hf(*options, "--unfrozen_epochs=0").status == 0
+    assert "The linear head for the decision tree 'mine' is new, to be trained." in caplog.text
+    config = ZoobotConfig.from_pretrained(tmp_path / "out")
+    assert config.label_names == smooth
+
+
+def test_simulated_volunteers_train_a_tree(tree_folder, tmp_path, zoobot_hf, monkeypatch):
+    monkeypatch.setattr("zoobot_hf.commands.inputs.SIMULATED_GALAXIES", 24)
+    options = votes_options("simulated", tree_folder, tmp_path / "out", survey="decals_dr5", unfrozen_epochs=0)
+    assert zoobot_hf(*options).status == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| train | 14 |" in card
+    assert "**The galaxies that it was finetuned on were drawn by a simulation.**" in card
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"survey": "eucild"}, "survey is 'eucild'; known are .*euclid"),
+        ({"survey": "mine.json"}, "decision tree mine.json does not exist"),
+        ({"label_column": "ring"}, "label_column is for labels, and with a survey the model is trained on votes"),
+        ({"folds": 3}, "folds is for labels"),
+        ({"sky_prevalence": "ring=0.1"}, "sky_prevalence is .* is for classes"),
+        ({"decision_aim": "f1"}, "decision_aim is 'f1', which is for classes"),
+        ({"balance": "oversample"}, "balance is 'oversample', which is for classes"),
+        ({"survey": "decals_dr5"}, "no vote column 'smooth-or-featured-dr5_smooth', .*, 34 in all"),
+    ],
+)
+def test_what_does_not_go_with_votes_is_refused(options, message, votes_folder, tree_folder, tmp_path, refused):
+    assert re.search(message, refused(*votes_options(votes_folder, tree_folder, tmp_path / "out", **options)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("count", [-1, 0.5])
+def test_votes_that_are_no_counts_are_named(count, votes_folder, tree_folder, tmp_path, refused):
+    def spoil(table):
+        table["bar-euclid_weak"] = table["bar-euclid_weak"].astype(float)
+        table.loc[3, "bar-euclid_weak"] = count
+        return table
+
+    line = refused(*votes_options(edit_catalog(votes_folder, spoil), tree_folder, tmp_path / "out"))
+    assert f"votes hold {float(count)} in the column" in line
+    assert "'bar-euclid_weak' for 1 galaxy: 'galaxy_03'" in line
+
+
+def test_predict_gives_the_friendly_and_the_advanced_table_of_three_galaxies(galaxy_folder, tmp_path, zoobot_hf):
+    """A tree whose concentrations are known: 1 + 100 sigmoid of a head with nothing but biases."""
+    tree = {
+        "name": "two",
+        "questions": [
+            {
+                "name": "smooth",
+                "asked_after": [],
+                "answers": [{"name": "yes", "vote_column": "smooth_yes"}, {"name": "no", "vote_column": "smooth_no"}],
+            },
+            {
+                "name": "bar",
+                "asked_after": ["smooth_no"],
+                "answers": [{"name": "yes", "vote_column": "bar_yes"}, {"name": "no", "vote_column": "bar_no"}],
+            },
+        ],
+    }
+    model = ZoobotForGalaxyZoo(ZoobotConfig(ENCODER, decision_tree=tree))
+    concentrations = torch.tensor([6.0, 2.0, 9.0, 3.0])
+    with torch.no_grad():
+        model.head[-1].weight.zero_()
+        model.head[-1].bias.copy_(((concentrations - 1) / 100).logit())
+    model.save_pretrained(tmp_path / "model")
+    ZoobotImageProcessor(32).save_pretrained(tmp_path / "model")
+    edit_catalog(galaxy_folder, lambda table: table.head(3))
+    arguments = ["--model", tmp_path / "model", "--images", galaxy_folder, "--output", tmp_path / "table.csv"]
+    outcome = zoobot_hf("predict", *arguments)
+    assert outcome.status == 0
+    friendly, advanced = (pd.read_csv(tmp_path / f"table-{name}.csv") for name in ("friendly", "advanced"))
+    assert friendly["id_str"].tolist() == advanced["id_str"].tolist() == ["galaxy_00", "galaxy_01", "galaxy_02"]
+    # By hand: 6 / 8 are expected to say yes; the 2 / 8 who say no are asked about the bar, too few for its fractions.
+    np.testing.assert_allclose(friendly[["smooth_yes_fraction", "smooth_no_fraction"]], [[0.75, 0.25]] * 3, rtol=1e-4)
+    assert friendly[["bar_yes_fraction", "bar_no_fraction"]].isna().all(axis=None)
+    np.testing.assert_allclose(advanced["bar_yes_fraction"], 0.75, rtol=1e-4)
+    np.testing.assert_allclose(advanced["bar_yes_proportion-asked"], 0.25, rtol=1e-4)
+    ends = stats.beta(9, 3).ppf([0.05, 0.95])
+    np.testing.assert_allclose(advanced[["bar_yes_90pc-lower", "bar_yes_90pc-upper"]], [ends] * 3, rtol=1e-4)
+    table = pd.read_csv(tmp_path / "table.csv")
+    np.testing.assert_allclose(table["smooth_no_concentration"], 2, rtol=1e-4)
+
+
+def test_a_tables_companion_does_not_overwrite_the_catalog(votes_folder, tree_folder, refused):
+    catalog = find_catalog(votes_folder).rename(votes_folder / "table-advanced.csv")
+    line = refused("predict", "--model", tree_folder, "--images", catalog, "--output", votes_folder / "table.csv")
+    assert "table-advanced.csv, the catalog itself, which would be lost" in line
 
 
 # predict -----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ from .evaluation.selection import Selection as Selection
 from .evaluation.selection import choose_threshold as choose_threshold
 from .evaluation.selection import completeness_by_column as completeness_by_column
 from .evaluation.selection import measure_selection as measure_selection
+from .evaluation.vote_tables import advanced_table as advanced_table
+from .evaluation.vote_tables import friendly_table as friendly_table
 from .models.configuration_zoobot import ZoobotConfig as ZoobotConfig
 from .models.configuration_zoobot import small_encoder_config as small_encoder_config
 from .models.conversion import image_processor_for as image_processor_for
@@ -60,8 +62,6 @@ from .prediction.survey import Survey as Survey
 from .prediction.survey import SurveyError as SurveyError
 from .prediction.survey import predict_galaxies as predict_galaxies
 from .prediction.survey import predict_survey as predict_survey
-from .prediction.tables import advanced_table as advanced_table
-from .prediction.tables import friendly_table as friendly_table
 from .publishing.hub import HubPushError as HubPushError
 from .publishing.hub import check_push as check_push
 from .publishing.hub import push_folder as push_folder

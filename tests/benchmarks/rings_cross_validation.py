@@ -56,7 +56,7 @@ def main():
                 unfrozen=UnfrozenStageArguments(seed=options.seed, disable_tqdm=True),
             )
         for stage in finetuned.stages:
-            logits = np.asarray(stage.test_logits)
+            logits = np.asarray(stage.test_outputs)
             row = (
                 accuracy_score(labels, logits.argmax(axis=1)),
                 roc_auc_score(labels, logits[:, 1] - logits[:, 0]),

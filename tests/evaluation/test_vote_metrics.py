@@ -14,6 +14,7 @@ from zoobot_hf.evaluation.vote_metrics import (
     VoteMeanAbsoluteError,
     VoteRootMeanSquaredError,
     coverage_of_probabilities,
+    score_votes,
     vote_metrics_for,
     vote_metrics_for_trainer,
 )
@@ -163,3 +164,15 @@ def test_all_metrics_together_for_a_real_survey():
 def test_bad_input_is_refused(concentrations, votes, message):
     with pytest.raises(ValueError, match=message):
         compute(VoteMeanAbsoluteError, concentrations, votes)
+
+
+def test_scores_count_the_galaxies_behind_them():
+    tree = {"name": "rings", "questions": [question("ring", "yes", "no")]}
+    votes = [[9, 1], [8, 2], [0, 9], [0, 0], [NAN, NAN], [0, 10]]
+    scores = score_votes([[3, 1]] * 6, votes, tree)
+    # 0.9 and 1 are above 0.8 with ten votes; the expected fraction of "yes" is 0.75 everywhere.
+    assert scores["questions"]["ring"]["asked"] == 4
+    assert scores["questions"]["ring"]["confident"] == 2
+    assert scores["vote_accuracy"] == 0.5
+    assert scores["vote_mean_absolute_error"] == pytest.approx((0.15 + 0.05 + 0.75 + 0.75) / 4)
+    assert scores["questions"]["ring"]["vote_mean_absolute_error"] == scores["vote_mean_absolute_error"]

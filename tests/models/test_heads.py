@@ -6,7 +6,7 @@ from tiny_models import ENCODERS
 from torch import nn
 from torch.nn import functional
 
-from zoobot_hf import ZoobotConfig, ZoobotForImageClassification
+from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, load_survey
 from zoobot_hf.models.heads import (
     apply_unit_interval,
     build_head,
@@ -18,6 +18,7 @@ from zoobot_hf.models.heads import (
     prevalence_shift,
     probabilities_from_logits,
 )
+from zoobot_hf.models.votes import concentrations_from_logits
 
 LOGITS = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.0, -0.5]])
 CLASSES = torch.tensor([2, 1])
@@ -52,6 +53,13 @@ def test_an_mlp_head_has_one_hidden_layer():
     assert kinds_of(head) == [nn.Dropout, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
     assert head[1].weight.shape == (7, 4)
     assert head(torch.zeros(5, 4)).shape == (5, 3)
+
+
+def test_a_head_for_votes_starts_with_low_concentrations():
+    config = ZoobotConfig(decision_tree=load_survey("euclid").to_dict(), embedding_size=4)
+    concentrations = concentrations_from_logits(build_head(config).eval()(torch.zeros(2, 4)), (1, 101))
+    assert torch.allclose(concentrations, torch.tensor(4.0))
+    assert build_head(config_of())[-1].bias.eq(0).all()
 
 
 # Single label ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
+import math
 import re
 
 import pytest
 from huggingface_hub import ModelCard
 
+from zoobot_hf.evaluation.vote_metrics import CONFIDENT_MAJORITY, CONFIDENT_VOTES
 from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, address_model_card, render_model_card
 
 LEAST = {
@@ -152,6 +154,45 @@ def test_the_card_says_what_kind_of_model_it_is(problem_type):
         "regression": "Its outputs: no ring, ring",
     }
     assert expected[problem_type] in render(problem_type=problem_type)
+
+
+def test_a_card_of_a_decision_tree_says_what_is_asked_and_how_well_it_is_answered():
+    scores = {"asked": 44, "confident": 0, "vote_accuracy": math.nan, "vote_mean_absolute_error": 0.1234}
+    scores |= {"vote_root_mean_squared_error": 0.2, "vote_log_likelihood": -3.5, "vote_interval_coverage": 0.9}
+    bar = {
+        "name": "bar",
+        "asked_after": ["smooth_no", "odd_yes"],
+        "answers": [{"name": "strong", "vote_column": "bar_strong"}, {"name": "none", "vote_column": "bar_none"}],
+    }
+    text = render(
+        problem_type="votes",
+        labels=("bar_strong", "bar_none"),
+        decision_tree={"name": "mine", "questions": [bar]},
+        questions={"bar": scores},
+        stages=(StageFacts(name="frozen", metrics={"vote_accuracy": 0.5, "questions": {"bar": scores}}),),
+        counts={"train": {"galaxies": 100}, "test": {"galaxies": 44}},
+        dataset_name="votes",
+    )
+    for line in (
+        "A model of volunteers' answers for images of galaxies",
+        "how volunteers would answer the question of the decision tree mine, and",
+        "| bar | strong, none | smooth_no, odd_yes |",
+        "| vote accuracy | 0.500 |",
+        "| bar | 44 | 0 | - | 0.123 | 0.200 | -3.500 | 0.900 |",
+        f"({CONFIDENT_VOTES} votes or more, more than {CONFIDENT_MAJORITY:.0%} of them for one answer)",
+        "| train | 100 |\n",
+    ):
+        assert line in text, line
+    assert headings(text)[:3] == ["How to use it", "What it answers", "How well it does"]
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    compile(block, "card", "exec")
+    assert [result.metric_name for result in ModelCard(text).data.eval_results] == ["vote_accuracy"]
+
+
+@pytest.mark.parametrize("facts", [{"problem_type": "votes"}, {"decision_tree": {"name": "mine", "questions": []}}])
+def test_votes_and_a_decision_tree_go_together(facts):
+    with pytest.raises(ValueError, match="decision_tree goes with the problem type 'votes'; give both or neither"):
+        render(**facts)
 
 
 def test_text_is_not_escaped_as_html():

@@ -145,7 +145,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(stage, step, run,
             run("broken")
     resumed = run("broken", resume=True)
     for one, other in zip(unbroken.stages, resumed.stages, strict=True):
-        assert one.test_logits == other.test_logits
+        assert one.test_outputs == other.test_outputs
         assert one.validation_loss == other.validation_loss
     weights = resumed.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in unbroken.model.state_dict().items())
@@ -227,7 +227,7 @@ def test_probabilities_are_calibrated_and_for_the_sky(run, hard_rings, processor
     assert judgement.scores[1].prevalence["ring"] == 0.1
     # By hand: logits by the temperature, and each class by what its share changes.
     stage, shares = finetuned.stages[0], config.training_prevalence
-    logits = torch.tensor(stage.test_logits) / (config.calibration_temperature or 1)
+    logits = torch.tensor(stage.test_outputs) / (config.calibration_temperature or 1)
     shift = torch.tensor([0.9 / shares["not ring"], 0.1 / shares["ring"]]).log()
     assert torch.allclose(torch.tensor(judgement.probabilities), (logits + shift).softmax(-1).double(), atol=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -245,7 +245,7 @@ def test_a_second_finetuning_forgets_the_calibration_of_the_first(run, hard_ring
         model, processor, hard_rings, tmp_path / "second", frozen=FrozenStageArguments(**SETTINGS), skip_unfrozen=True
     )
     assert again.model.config.sky_prevalence == again.model.config.training_prevalence
-    raw = again.stages[0].validation_logits
+    raw = again.stages[0].validation_outputs
     assert again.judgements["frozen"].calibration.log_loss_before == pytest.approx(
         torch.nn.functional.cross_entropy(torch.tensor(raw), torch.tensor(hard_rings["validation"]["label"][:])).item(),
         abs=0.02,  # the validation galaxies' shares differ a little from the training split's

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Value
 from tiny_models import ENCODERS
 
 from zoobot_hf import (
@@ -15,38 +15,17 @@ from zoobot_hf import (
     UnfrozenStageTrainer,
     ZoobotConfig,
     ZoobotForGalaxyZoo,
+    cross_validate,
     load_survey,
     read_votes,
 )
 from zoobot_hf.evaluation.vote_metrics import vote_metrics_for_trainer
+from zoobot_hf.publishing.model_card import StageFacts
+from zoobot_hf.publishing.run_folder import save_stage
 from zoobot_hf.training.trainer import GalaxyCollator, check_labels
 
 DECALS, EUCLID = load_survey("decals_dr5"), load_survey("euclid")
 STAGES = [FrozenStageTrainer, UnfrozenStageTrainer]
-
-
-@pytest.fixture
-def galaxies_with_votes(galaxy_images, galaxy_labels):
-    """Galaxies whose volunteers, of the tree that is given, agree on the first answer for rings, else on the last."""
-
-    def make(tree, *, reverse=False):
-        generator = np.random.default_rng(0)
-        votes = []
-        for label in galaxy_labels:
-            row = {}
-            for question in tree.questions:
-                shares = np.ones(len(question.answers))
-                shares[0 if label else -1] = 20
-                counts = generator.multinomial(12, shares / shares.sum())
-                names = [answer.vote_column for answer in question.answers]
-                row |= {name: float(count) for name, count in zip(names, counts, strict=True)}
-            votes.append(row)
-        columns = tree.vote_columns[::-1] if reverse else tree.vote_columns
-        features = {"id_str": Value("string"), "image": Image(), "label": {name: Value("float32") for name in columns}}
-        rows = {"id_str": [f"galaxy_{n:02d}" for n in range(len(votes))], "image": galaxy_images, "label": votes}
-        return Dataset.from_dict(rows, features=Features(features))
-
-    return make
 
 
 def model_of(encoder, tree=DECALS):
@@ -176,3 +155,51 @@ def test_votes_for_a_classifier_and_labels_for_a_tree_are_refused(galaxies_with_
     labels = votes.remove_columns("label").add_column("label", [0.0] * len(votes))
     with pytest.raises(ValueError, match="labels are no votes, and the model is a ZoobotForGalaxyZoo; load votes"):
         check_labels(labels, model_of("layer_norm"))
+
+
+@pytest.mark.parametrize("trainer_class", STAGES)
+@pytest.mark.parametrize("as_dictionary", [False, True])
+def test_the_votes_of_the_validation_split_are_checked_too(
+    trainer_class, as_dictionary, galaxies_with_votes, processor, tmp_path
+):
+    euclid = galaxies_with_votes(EUCLID)
+    splits = {
+        "train_dataset": galaxies_with_votes(DECALS),
+        "eval_dataset": {"rings": euclid} if as_dictionary else euclid,
+    }
+    arguments = arguments_of(trainer_class, tmp_path)
+    with pytest.raises(ValueError, match=r"misses the vote columns smooth-or-featured-dr5_smooth, .*-euclid_"):
+        trainer_class(model_of("layer_norm"), arguments, processing_class=processor, **splits)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(-2.0, "-2"), (0.25, "0.25")])
+def test_votes_that_are_no_counts_are_refused_with_their_columns(count, shown, galaxies_with_votes):
+    def spoil(galaxy, row):
+        wrong = {"bar-dr5_weak": count, "bar-dr5_no": count} if row == 2 else {}
+        return {"label": galaxy["label"] | wrong}
+
+    galaxies = galaxies_with_votes(DECALS).map(spoil, with_indices=True)
+    message = f"votes hold {shown} in row 2; no counts are in the columns bar-dr5_weak, bar-dr5_no: give counts"
+    with pytest.raises(ValueError, match=message):
+        check_labels(galaxies, model_of("layer_norm"))
+
+
+@pytest.mark.parametrize("nothing", [0.0, None])
+def test_a_split_without_any_vote_is_refused(nothing, galaxies_with_votes):
+    galaxies = galaxies_with_votes(DECALS).map(lambda galaxy: {"label": dict.fromkeys(galaxy["label"], nothing)})
+    with pytest.raises(ValueError, match="none of the dataset's 40 galaxies has a vote in the columns smooth-or-feat"):
+        check_labels(galaxies, model_of("layer_norm"))
+
+
+def test_folds_of_galaxies_with_votes_are_refused(galaxies_with_votes, processor):
+    with pytest.raises(ValueError, match="label is votes; folds need one class for each galaxy"):
+        cross_validate(model_of("layer_norm"), processor, galaxies_with_votes(DECALS))
+
+
+def test_a_stage_on_votes_is_saved_with_its_card(galaxies_with_votes, processor, tmp_path):
+    model, arguments = model_of("layer_norm"), arguments_of(FrozenStageTrainer, tmp_path, num_train_epochs=1)
+    trainer = trainer_of(FrozenStageTrainer, model, arguments, galaxies_with_votes(DECALS), processor)
+    trainer.train()
+    stage = StageFacts(name="frozen", hyperparameters=arguments.shown)
+    save_stage(tmp_path / "out", model, processor, stage=stage, history=trainer.state.log_history)
+    assert "each of the 10 questions of the decision tree decals_dr5" in (tmp_path / "out" / "README.md").read_text()

@@ -10,21 +10,38 @@ from transformers import set_seed
 
 from ..data.balance import Strategy
 from ..data.dataset import split_dataset
+from ..data.decision_tree import DecisionTree, load_survey, load_tree
 from ..evaluation.selection import AIMS
 from ..models.configuration_zoobot import HEAD_TYPES
 from ..models.conversion import image_processor_for
 from ..models.image_processing_zoobot import ZoobotImageProcessor
+from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from ..models.modeling_zoobot import ZoobotForImageClassification
-from ..publishing.hub import check_push, push_folder
+from ..publishing.hub import ADVANCED, FRIENDLY, PREDICTIONS, check_push, push_folder
 from ..training.arguments import FrozenStageArguments, UnfrozenStageArguments
 from ..training.cross_validation import CrossValidation, cross_validate, write_cross_validation
 from ..training.finetuning import Finetuned, finetune
-from .inputs import choose_device, load_dataset, stage_arguments
+from .inputs import choose_device, load_dataset, load_votes, stage_arguments
 from .options import add_device, add_encoder_and_dataset, add_seed, number, share
+
+SCORES_OF_LABELS = ("accuracy", "roc_auc", "completeness", "purity", "log_loss")
+COLUMNS_OF_VOTES = {
+    "vote_accuracy": "accuracy",
+    "vote_mean_absolute_error": "mean error",
+    "vote_root_mean_squared_error": "RMS error",
+    "vote_log_likelihood": "log likelihood",
+    "vote_interval_coverage": "coverage",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_encoder_and_dataset(parser)
+    parser.add_argument(
+        "--survey",
+        metavar="NAME|FILE.json",
+        help="train on volunteers' votes on the questions of this survey, or of a decision tree of your own; a model "
+        "that answers another survey starts from the answers that both share",
+    )
     parser.add_argument("--output_dir", required=True, type=Path, help="where model, card, table and figures go")
     for split in ("validation", "test"):
         parser.add_argument(
@@ -44,8 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decision_aim",
         choices=AIMS,
-        default="f1",
-        help="what the threshold for selecting galaxies is for (default: %(default)s, the best there is)",
+        help="what the threshold for selecting galaxies is for (default: f1, the best there is)",
     )
     parser.add_argument(
         "--decision_at_least",
@@ -91,23 +107,22 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     choose_device(options.device)
+    tree = _choose_tree(options)
     if options.push_to_hub:
         check_push(options.push_to_hub)
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
-    galaxies = load_dataset(options)
+    galaxies = load_dataset(options) if tree is None else load_votes(options, tree)
     dataset = split_dataset(galaxies, seed=options.seed, **fractions)
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
     set_seed(options.seed)  # the new head's weights
-    model = ZoobotForImageClassification.from_pretrained(
-        options.encoder, label_names=dataset["train"].features["label"].names, head_type=options.head_type
-    )
+    model = _load_model(options, dataset, tree)
     frozen, unfrozen = stage_arguments(options)
     if options.frozen_epochs is not None:
         frozen.num_train_epochs = options.frozen_epochs
     if options.unfrozen_epochs is not None:
         unfrozen.num_train_epochs = options.unfrozen_epochs
     unfrozen.last_blocks = options.last_blocks
-    if options.folds is not None:
+    if options.folds is not None and isinstance(model, ZoobotForImageClassification):
         _cross_validate(options, model, processor, galaxies, frozen, unfrozen)
     finetuned = finetune(
         model,
@@ -131,6 +146,27 @@ def run(options: argparse.Namespace) -> int:
         if options.push_to_hub:
             print(f"pushed to {push_folder(finetuned.output_dir, options.push_to_hub)}")
     return 0
+
+
+def _choose_tree(options: argparse.Namespace) -> DecisionTree | None:
+    """The decision tree to train on votes for; None without `--survey`."""
+    if options.survey is None:
+        return None
+    for name in ("label_column", "folds"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} is for labels, and with a survey the model is trained on votes; leave it out.")
+    return load_tree(options.survey) if options.survey.endswith(".json") else load_survey(options.survey)
+
+
+def _load_model(
+    options: argparse.Namespace, dataset: DatasetDict, tree: DecisionTree | None
+) -> ZoobotForImageClassification | ZoobotForGalaxyZoo:
+    if tree is not None:
+        return ZoobotForGalaxyZoo.from_pretrained(
+            options.encoder, decision_tree=tree.to_dict(), head_type=options.head_type
+        )
+    names = dataset["train"].features["label"].names
+    return ZoobotForImageClassification.from_pretrained(options.encoder, label_names=names, head_type=options.head_type)
 
 
 def _cross_validate(
@@ -169,12 +205,15 @@ def _report_folds(result: CrossValidation) -> None:
 
 
 def print_report(finetuned: Finetuned) -> None:
-    names = ("accuracy", "roc_auc", "completeness", "purity", "log_loss")
-    print("\non the test split" + "".join(f"{name.replace('_', ' '):>14}" for name in names))
+    answers_a_tree = isinstance(finetuned.model, ZoobotForGalaxyZoo)
+    names = COLUMNS_OF_VOTES if answers_a_tree else {name: name.replace("_", " ") for name in SCORES_OF_LABELS}
+    print("\non the test split" + "".join(f"{words:>16}" for words in names.values()))
     for stage in finetuned.stages:
         kept = " (kept)" if stage.name == finetuned.kept_stage else ""
         values = [finetuned.test_metrics[stage.name][name] for name in names]
-        print(f"{stage.name + kept:17}" + "".join(f"{value:14.3f}" for value in values))
+        print(f"{stage.name + kept:17}" + "".join(f"{value:16.3f}" for value in values))
     folder = finetuned.output_dir
-    print(f"\nmodel    {folder}\ncard     {folder / 'README.md'}\ntable    {folder / 'predictions.parquet'}")
+    print(f"\nmodel    {folder}\ncard     {folder / 'README.md'}")
+    tables = (folder / name for name in (PREDICTIONS, FRIENDLY, ADVANCED) if (folder / name).is_file())
+    print(f"table    {', '.join(map(str, tables))}")
     print(f"figures  {', '.join(str(path) for path in sorted((folder / 'figures').glob('*.png')))}")

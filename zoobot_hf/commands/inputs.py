@@ -5,8 +5,10 @@ import argparse
 import torch
 from datasets import Dataset, DatasetDict
 
-from ..data.dataset import load_galaxy_dataset
+from ..data.dataset import load_galaxy_dataset, load_galaxy_votes
+from ..data.decision_tree import DecisionTree
 from ..data.rings import load_rings
+from ..data.volunteers import simulate_votes_dataset
 from ..models.configuration_zoobot import ZoobotConfig
 from ..models.conversion import local_copy, read_configuration
 from ..models.image_processing_zoobot import ZoobotImageProcessor
@@ -14,6 +16,9 @@ from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from ..models.modeling_zoobot import ZoobotForImageClassification
 from ..prediction.galaxies import Classifier
 from ..training.arguments import FrozenStageArguments, UnfrozenStageArguments
+from .options import LABEL_COLUMN
+
+SIMULATED_GALAXIES = 1500  # with votes
 
 
 def choose_device(device: str) -> torch.device:
@@ -29,10 +34,16 @@ def load_dataset(options: argparse.Namespace) -> Dataset | DatasetDict:
         return load_rings("simulated", seed=options.seed)
     return load_galaxy_dataset(
         options.dataset,
-        label_column=options.label_column,
+        label_column=options.label_column or LABEL_COLUMN,
         configuration=options.configuration,
         revision=options.revision,
     )
+
+
+def load_votes(options: argparse.Namespace, tree: DecisionTree) -> Dataset | DatasetDict:
+    if options.dataset == "simulated":
+        return simulate_votes_dataset(SIMULATED_GALAXIES, tree, seed=options.seed)
+    return load_galaxy_votes(options.dataset, tree, configuration=options.configuration, revision=options.revision)
 
 
 def load_finetuned(name: str) -> tuple[ZoobotForImageClassification, ZoobotImageProcessor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..models.conversion import DEFAULT_ZOOM, NORMALIZATIONS
 
+LABEL_COLUMN = "label"
 # numpy, which seeds the splits and the augmentation, takes no more.
 LARGEST_SEED = 2**32 - 1
 
@@ -40,8 +41,8 @@ def share(text: str) -> tuple[str, float]:
 
 def add_encoder_and_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", required=True, help="folder or Hub id of an encoder or a finetuned model")
-    parser.add_argument("--dataset", required=True, help="catalog, folder, Hub id, or 'simulated' for drawn rings")
-    parser.add_argument("--label_column", default="label", help="column with the labels (default: %(default)s)")
+    parser.add_argument("--dataset", required=True, help="catalog, folder, Hub id, or 'simulated' for drawn galaxies")
+    parser.add_argument("--label_column", help=f"column with the labels (default: {LABEL_COLUMN})")
     parser.add_argument("--configuration", help="configuration of a Hub dataset")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
     parser.add_argument(

@@ -1,15 +1,18 @@
 """`zoobot-hf predict`: a table of predictions for a catalog, a folder of images or a survey."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 from accelerate import PartialState
 
 from ..data.catalog import check_catalog_can_be_written, find_catalog, read_galaxies, write_catalog
-from ..models.configuration_zoobot import PREVALENCES
+from ..evaluation.vote_tables import advanced_table, friendly_table
+from ..models.configuration_zoobot import PREVALENCES, ZoobotConfig
 from ..prediction.galaxies import predict_galaxies
 from ..prediction.survey import predict_survey
-from .inputs import choose_device, load_classifier, load_finetuned
+from .inputs import choose_device, load_classifier
 from .messages import complain
 from .options import add_device, number
 
@@ -26,8 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         type=Path,
-        help="one table: .csv, .parquet, .fits, .vot or .ecsv; or a folder, for a survey of any size: the same command "
-        "goes on with a run that was stopped",
+        help="one table: .csv, .parquet, .fits, .vot or .ecsv, and for a decision tree Galaxy Zoo's friendly and "
+        "advanced tables beside it; or a folder, for a survey of any size: the same command goes on with a run "
+        "that was stopped",
     )
     parser.add_argument(
         "--batch_size",
@@ -87,7 +91,9 @@ def _predict_table(options: argparse.Namespace) -> int:
     failures_path = options.output.with_name(f"{options.output.stem}-failures.csv")
     _check_tables(Path(options.images), options.output, failures_path)
     catalog = read_galaxies(options.images, images_must_exist=False)
-    model, processor = load_finetuned(options.model)
+    model, processor = load_classifier(options.model)
+    if model.config.decision_tree is not None:
+        _check_tables(Path(options.images), *_paths_of_votes(options.output).values())
     table, failures = predict_galaxies(
         model,
         processor,
@@ -99,12 +105,22 @@ def _predict_table(options: argparse.Namespace) -> int:
     )
     write_catalog(table, options.output)
     print(f"{len(table)} galaxies: {options.output}")
+    if model.config.decision_tree is not None:
+        for make_table, path in _paths_of_votes(options.output).items():
+            write_catalog(make_table(table, model.config), path)
+            print(f"{len(table)} galaxies: {path}")
     if failures.empty:
         failures_path.unlink(missing_ok=True)  # an earlier run's, and no longer true
         return 0
     write_catalog(failures, failures_path)
     complain(f"{len(failures)} of {len(catalog)} images can't be read; their reasons: {failures_path}")
     return 1
+
+
+def _paths_of_votes(output: Path) -> dict[Callable[[pd.DataFrame, ZoobotConfig], pd.DataFrame], Path]:
+    """Where the tables of a decision tree go, by what makes them."""
+    makers = {"friendly": friendly_table, "advanced": advanced_table}
+    return {maker: output.with_name(f"{output.stem}-{name}{output.suffix}") for name, maker in makers.items()}
 
 
 def _check_tables(images: Path, *tables: Path) -> None:

@@ -424,7 +424,7 @@ def _add_votes(dataset: datasets.Dataset, *, votes: pd.DataFrame, tree: Decision
         names = is_wrong.columns[is_wrong.any()].tolist()
         galaxies = np.flatnonzero(is_wrong.any(axis=1))
         raise CatalogError(
-            f"votes hold {votes[names[0]][is_wrong[names[0]]].iloc[0]!r} in the column {_quote(names[:5])}"
+            f"votes hold {votes[names[0]][is_wrong[names[0]]].tolist()[0]!r} in the column {_quote(names[:5])}"
             f"{', ...' if len(names) > 5 else ''} for {describe(dataset.select(galaxies)['id_str'][:])}; give counts "
             "of volunteers, whole and not negative, and no fractions."
         )

@@ -223,6 +223,35 @@ def vote_metrics_for_trainer(
     return compute_metrics
 
 
+def score_votes(
+    concentrations: npt.ArrayLike, votes: npt.ArrayLike, decision_tree: dict[str, Any]
+) -> dict[str, float | dict[str, dict[str, float]]]:
+    """Every metric of votes, overall and for each question, with the numbers of galaxies behind it.
+
+    Args:
+        concentrations: What a model predicts, (galaxies, answers).
+        votes: Counts, (galaxies, answers), NaN where they are missing.
+        decision_tree: The survey's questions as plain values, as a model's configuration holds them.
+
+    Returns:
+        By the metric's name its mean over the questions that have one; and under `questions`, by the question's name,
+        the metrics and how many galaxies were `asked` and, of these, how many volunteers were `confident` about.
+
+    Raises:
+        ValueError: As `VoteMetric`.
+    """
+    results = vote_metrics_for(decision_tree).compute(predictions=concentrations, references=votes)
+    names = [metric(decision_tree).name for metric in _VOTE_METRICS]
+    values, layout = np.asarray(votes, dtype=np.float64), tree_layout(decision_tree)
+    questions = {}
+    for question, asked in _asked_by_question(np.asarray(concentrations), values, layout, least_votes=1):
+        is_known = asked.volunteers >= CONFIDENT_VOTES
+        is_confident = is_known & (asked.votes.max(axis=1) > CONFIDENT_MAJORITY * asked.volunteers)
+        counts = {"asked": len(asked.votes), "confident": int(is_confident.sum())}
+        questions[question] = counts | {name: results[f"{name}_{question}"] for name in names}
+    return {**{name: results[name] for name in names}, "questions": questions}
+
+
 def coverage_of_probabilities(
     concentrations: npt.ArrayLike,
     probabilities: npt.ArrayLike,

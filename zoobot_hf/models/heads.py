@@ -21,6 +21,9 @@ from torch.nn import functional
 from .configuration_zoobot import PREVALENCES, ZoobotConfig
 
 INITIAL_SPREAD = 0.01  # of a new head's weights, as in DINOv2's linear evaluation
+# Where a new head starts in the range of concentrations: of 1 to 101 at 4, a guess that is not sure of itself. From the
+# middle, 51, a frozen stage of 20 epochs on 540 drawn galaxies came to a validation loss of 71.5, from here to 51.0.
+INITIAL_CONCENTRATION = 0.03
 SUM_TOLERANCE = 2e-3  # shares written with three digits
 
 
@@ -32,7 +35,8 @@ def build_head(config: ZoobotConfig) -> nn.Sequential:
 
     Returns:
         The head; its last layer is always an `nn.Linear`, with small weights: it starts out undecided, as any logistic
-        regression does, and what few galaxies say is not drowned by chance.
+        regression does, and what few galaxies say is not drowned by chance. For votes it starts out with low
+        concentrations.
     """
     assert config.embedding_size is not None
     layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
@@ -40,15 +44,24 @@ def build_head(config: ZoobotConfig) -> nn.Sequential:
     if config.head_type == "mlp":
         layers += [nn.Linear(inputs, config.head_hidden_size), nn.ReLU(), nn.Dropout(config.head_dropout)]
         inputs = config.head_hidden_size
-    return nn.Sequential(*layers, _LastLayer(inputs, config.num_labels))
+    initial_bias = 0.0 if config.decision_tree is None else _logit(INITIAL_CONCENTRATION)
+    return nn.Sequential(*layers, _LastLayer(inputs, config.num_labels, initial_bias=initial_bias))
 
 
 class _LastLayer(nn.Linear):
-    """A linear layer whose initial weights are small and whose biases are 0."""
+    """A linear layer whose initial weights are small and whose biases are all the same."""
+
+    def __init__(self, inputs: int, outputs: int, *, initial_bias: float) -> None:
+        self.initial_bias = initial_bias
+        super().__init__(inputs, outputs)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INITIAL_SPREAD)
-        nn.init.zeros_(self.bias)
+        nn.init.constant_(self.bias, self.initial_bias)
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 def head_loss(logits: Tensor, labels: Tensor, config: ZoobotConfig, *, training: bool) -> Tensor:

@@ -15,11 +15,12 @@ from astropy.io.votable.tree import Info
 from astropy.table import Table
 
 from zoobot_hf.data.catalog import CATALOG_FORMATS, CatalogError, describe, read_catalog
+from zoobot_hf.evaluation.vote_tables import advanced_table, friendly_table
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 
 from .shards import read_shard, shard_paths, whole_file
 from .survey import SurveyError
-from .tables import advanced_table, describe_column, friendly_table
+from .tables import describe_column
 
 TABLES = ("predictions", "friendly", "advanced")
 FORMATS = ("parquet", "csv", "fits", "votable")

@@ -7,18 +7,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from zoobot_hf.evaluation.tables import prediction_table
+from zoobot_hf.evaluation.vote_tables import CONCENTRATION, concentration_table
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
-from zoobot_hf.models.votes import (
-    TreeLayout,
-    expected_share_asked,
-    expected_vote_fractions,
-    tree_layout,
-    vote_fraction_intervals,
-)
-
-CONCENTRATION = "_concentration"
-# Galaxy Zoo's published catalogs leave a fraction empty where fewer than half of the volunteers would be asked.
-LEAST_SHARE_ASKED = 0.5
 
 
 def survey_table(
@@ -40,8 +30,7 @@ def survey_table(
     """
     values = np.asarray(outputs, dtype=np.float32)
     if config.problem_type == "votes":
-        columns = {f"{name}{CONCENTRATION}": values[:, i] for i, name in enumerate(config.label_names)}
-        return pd.DataFrame({"id_str": list(identifiers), **columns})
+        return concentration_table(identifiers, values, config.label_names)
     names = config.label_names
     table = prediction_table(identifiers, values, label_names=names, problem_type=config.problem_type)
     if prevalence not in (None, config.predictions_for):
@@ -56,59 +45,6 @@ def survey_table(
         selected = "selected" if len(thresholds) == 1 else column.replace("probability", "selected", 1)
         table[selected] = values[:, names.index(name)] >= threshold
     return table
-
-
-def friendly_table(concentrations: pd.DataFrame, config: ZoobotConfig) -> pd.DataFrame:
-    """The expected vote fractions of each galaxy, as in Galaxy Zoo's friendly catalogs.
-
-    Args:
-        concentrations: As `survey_table` makes it for a decision tree.
-        config: The model's configuration, with `decision_tree`.
-
-    Returns:
-        `id_str` and a `..._fraction` for each vote column, 0-1, in the same order of rows; NaN where fewer than half
-        of the volunteers would be asked the question.
-
-    Raises:
-        ValueError: No decision tree, or a table without its concentrations.
-    """
-    values, layout = _concentrations(concentrations, config)
-    fractions = expected_vote_fractions(values, layout)
-    shares = expected_share_asked(values, layout)[:, layout.question_of_answer]
-    fractions = np.where(shares < LEAST_SHARE_ASKED, np.nan, fractions).astype(np.float32)
-    columns = {f"{name}_fraction": fractions[:, i] for i, name in enumerate(layout.vote_columns)}
-    return pd.DataFrame({"id_str": concentrations["id_str"].to_numpy(), **columns})
-
-
-def advanced_table(concentrations: pd.DataFrame, config: ZoobotConfig) -> pd.DataFrame:
-    """What the model says of every answer of each galaxy, as in Galaxy Zoo's advanced catalogs.
-
-    Args:
-        concentrations: As `survey_table` makes it for a decision tree.
-        config: The model's configuration, with `decision_tree`.
-
-    Returns:
-        `id_str` and for each vote column `..._fraction` (expected), `..._90pc-lower` and `..._90pc-upper` (ends of the
-        90% interval) and `..._proportion-asked` (of the volunteers, for its question), all 0-1, in the same order of
-        rows.
-
-    Raises:
-        ValueError: No decision tree, or a table without its concentrations.
-    """
-    values, layout = _concentrations(concentrations, config)
-    lower, upper = vote_fraction_intervals(values, layout)
-    parts = {
-        "fraction": expected_vote_fractions(values, layout),
-        "90pc-lower": lower,
-        "90pc-upper": upper,
-        "proportion-asked": expected_share_asked(values, layout)[:, layout.question_of_answer],
-    }
-    columns = {
-        f"{name}_{part}": numbers[:, i].astype(np.float32)
-        for i, name in enumerate(layout.vote_columns)
-        for part, numbers in parts.items()
-    }
-    return pd.DataFrame({"id_str": concentrations["id_str"].to_numpy(), **columns})
 
 
 def describe_column(name: str) -> str:
@@ -134,14 +70,3 @@ def describe_column(name: str) -> str:
     found = [text for ending, text in endings.items() if name.endswith(ending)]
     found += [text for beginning, text in beginnings.items() if name.startswith(beginning)]
     return found[0] if found else ""
-
-
-def _concentrations(table: pd.DataFrame, config: ZoobotConfig) -> tuple[npt.NDArray[np.float64], TreeLayout]:
-    if config.decision_tree is None:
-        raise ValueError("the model has no decision tree; its table of predictions is the only one.")
-    layout = tree_layout(config.decision_tree)
-    columns = [f"{name}{CONCENTRATION}" for name in layout.vote_columns]
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise ValueError(f"the table has no column {missing[0]!r}; give the predictions of this model.")
-    return table[columns].to_numpy(dtype=np.float64), layout

@@ -31,9 +31,11 @@ PROCESSOR = "preprocessor_config.json"
 MODEL_CARD = "README.md"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"
+FRIENDLY = "predictions-friendly.parquet"  # of a decision tree, like the next
+ADVANCED = "predictions-advanced.parquet"
 FIGURES = "figures"
 REQUIRED_FILES = (CONFIGURATION, "model.safetensors", PROCESSOR, MODEL_CARD)
-OPTIONAL_FILES = (METRICS, PREDICTIONS)
+OPTIONAL_FILES = (METRICS, PREDICTIONS, FRIENDLY, ADVANCED)
 # Of these, a push deletes what an earlier one left and the run no longer has.
 REPLACED_FILES = (*OPTIONAL_FILES, f"{FIGURES}/*.png", "*.py")
 
@@ -73,7 +75,7 @@ def push_folder(
 
     Args:
         folder: A finished run, with at least config.json, model.safetensors, preprocessor_config.json and README.md;
-            metrics.json, predictions.parquet and figures/*.png go along.
+            metrics.json, predictions*.parquet and figures/*.png go along.
         repo_id: "owner/name", or "name" for a repository of one's own; made where it doesn't exist.
         private: Whether a repository that is made now is private; None leaves it to the owner's default.
         revision: The branch that the commit goes to, made where it doesn't exist; None is the main one.
@@ -90,7 +92,8 @@ def push_folder(
         FileNotFoundError: When the folder is not a finished run; the message names what is missing.
         HubPushError: When there is no token, when the Hub refuses it or its rights, when the repository's name is not
             valid or taken by another model, when a file holds a token, or when the Hub can't be reached.
-        ValueError: When the card's metadata or a configuration can't be read.
+        ValueError: When the card's metadata or a configuration can't be read, or when the code of a model that answers
+            a decision tree was to travel along.
     """
     token = token or get_token()
     contents = _read_run(Path(folder), include_code=include_code, token=token)
@@ -205,6 +208,9 @@ def _publishable_settings(path: Path, *, with_code: bool) -> str:
         raise ValueError(f"{path} is not JSON ({error}); take it from the finetuning again.") from error
     settings = _without_paths(settings)
     settings.pop("auto_map", None)
+    if with_code and settings.get("decision_tree"):
+        # The Auto classes have none for votes: they would build a classifier.
+        raise ValueError(f"include_code is for classifiers, and {path} has a decision tree; leave it out.")
     if with_code:
         names = ("AutoImageProcessor",) if path.name == PROCESSOR else tuple(CODE)
         settings["auto_map"] = {name: CODE[name] for name in names}

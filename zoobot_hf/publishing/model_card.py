@@ -28,6 +28,7 @@ KINDS = {
     "single_label_classification": ("A classifier", "labels, of which a galaxy has one"),
     "multi_label_classification": ("A classifier", "labels, of which a galaxy may have several"),
     "regression": ("A regression model", "outputs"),
+    "votes": ("A model of volunteers' answers", "vote columns"),
 }
 # The Hub knows these two by another name than an astronomer does.
 HUB_METRIC_TYPES = {"completeness": "recall", "purity": "precision"}
@@ -59,11 +60,15 @@ class ModelCardFacts:
     Args:
         model_name: The model's name, without its owner.
         encoder: The encoder as it was asked for: an id on the Hub, or a local path, of which only the folder is shown.
-        labels: The labels' names in the order of the logits; for regression the outputs' names.
-        problem_type: "single_label_classification", "multi_label_classification" or "regression".
+        labels: The labels' names in the order of the logits; for regression the outputs' names, for votes their
+            columns.
+        problem_type: "single_label_classification", "multi_label_classification", "regression" or "votes".
         image_size: Width and height that the processor makes of every image, in pixels.
         stages: The stages that were run, in their order.
         kept_stage: The stage whose model is published.
+        decision_tree: For votes the survey's questions as plain values, as a model's configuration holds them.
+        questions: By the question's name, how many test galaxies were `asked` and what the published model's metrics
+            are on them.
         confidence: Of the intervals of scores and selections, 0-1.
         temperature: What the model divides its logits by, one number or one for each label; None for nothing.
         predictions_for: "sky" or "training": whose prevalence the probabilities are for; None says nothing about it.
@@ -90,7 +95,8 @@ class ModelCardFacts:
         simulated: Whether the galaxies were drawn by a simulation.
 
     Raises:
-        ValueError: When the problem type is none of the three, or when `kept_stage` is not one of the stages.
+        ValueError: When the problem type is none of these, when votes come without a decision tree, or when
+            `kept_stage` is not one of the stages.
     """
 
     model_name: str
@@ -100,6 +106,8 @@ class ModelCardFacts:
     image_size: int
     stages: Sequence[StageFacts]
     kept_stage: str | None = None
+    decision_tree: Mapping[str, Any] | None = None
+    questions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     confidence: float = 0.9
     temperature: float | Sequence[float] | None = None
     predictions_for: str | None = None
@@ -126,6 +134,8 @@ class ModelCardFacts:
     def __post_init__(self) -> None:
         if self.problem_type not in KINDS:
             raise ValueError(f"problem_type is {self.problem_type!r}; choose one of {', '.join(KINDS)}.")
+        if (self.problem_type == "votes") != (self.decision_tree is not None):
+            raise ValueError("decision_tree goes with the problem type 'votes'; give both or neither.")
         names = [stage.name for stage in self.stages]
         if self.kept_stage is not None and self.kept_stage not in names:
             raise ValueError(f"kept_stage is {self.kept_stage!r}; choose one of the stages: {', '.join(names)}.")
@@ -156,7 +166,7 @@ def render_model_card(facts: ModelCardFacts) -> str:
         populations=_populations(facts),
         temperature=_temperature_to_show(facts.temperature),
         test_count=sum(facts.counts.get("test", {}).values()),
-        counted=list(dict.fromkeys(label for by_label in facts.counts.values() for label in by_label)),
+        counted=_counted_labels(facts),
         prevalences=_prevalences(facts),
         trained_stages=[stage for stage in facts.stages if stage.hyperparameters],
         circumstances=_circumstances(facts),
@@ -294,6 +304,12 @@ def _populations(facts: ModelCardFacts) -> dict[str, dict[str, list[Any]]]:
             name: [stage.scores.get(population, {}).get(name) for stage in facts.stages] for name in names
         }
     return tables
+
+
+def _counted_labels(facts: ModelCardFacts) -> list[str]:
+    """The labels that galaxies were counted by; none where all were counted together."""
+    labels = list(dict.fromkeys(label for by_label in facts.counts.values() for label in by_label))
+    return labels if len(labels) > 1 else []
 
 
 def _temperature_to_show(temperature: float | Sequence[float] | None) -> str | None:

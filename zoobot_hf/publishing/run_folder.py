@@ -19,8 +19,9 @@ from zoobot_hf.evaluation.probability_plots import (
     plot_roc_and_precision_recall,
 )
 from zoobot_hf.evaluation.selection import Selection
+from zoobot_hf.evaluation.vote_plots import plot_vote_fractions
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
-from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 
 from .hub import FIGURES, METRICS, MODEL_CARD
 from .model_card import ModelCardFacts, StageFacts, render_model_card
@@ -44,7 +45,23 @@ class JudgedLabel(NamedTuple):
     selection: Selection
 
 
-def save_model(folder: Path, model: ZoobotForImageClassification, processor: ZoobotImageProcessor) -> None:
+class JudgedVotes(NamedTuple):
+    """What a model says of the answers to a decision tree, and what volunteers said, for the figure.
+
+    Attributes:
+        concentrations: (galaxies, answers).
+        votes: Counts, (galaxies, answers), NaN where they are missing.
+        decision_tree: As plain values.
+        least_votes: How many votes on a question a galaxy needs to be drawn.
+    """
+
+    concentrations: npt.NDArray[Any]
+    votes: npt.NDArray[Any]
+    decision_tree: dict[str, Any]
+    least_votes: int
+
+
+def save_model(folder: Path, model: ZoobotPreTrainedModel, processor: ZoobotImageProcessor) -> None:
     """Writes model and processor; nothing else is needed to load them.
 
     Args:
@@ -58,7 +75,7 @@ def save_model(folder: Path, model: ZoobotForImageClassification, processor: Zoo
 
 def save_stage(
     folder: Path,
-    model: ZoobotForImageClassification,
+    model: ZoobotPreTrainedModel,
     processor: ZoobotImageProcessor,
     *,
     stage: StageFacts,
@@ -82,6 +99,7 @@ def save_stage(
         encoder=config.encoder_name or config.encoder_config.model_type,
         labels=config.label_names,
         problem_type=config.problem_type,
+        decision_tree=config.decision_tree,
         image_size=processor.pixels,
         stages=[stage],
         kept_stage=stage.name,
@@ -100,6 +118,7 @@ def draw_figures(
     images: Sequence[Image.Image],
     judged: pd.DataFrame | None,
     judged_labels: Sequence[JudgedLabel] = (),
+    judged_votes: JudgedVotes | None = None,
 ) -> dict[str, str]:
     """The caption of each figure by its path relative to the folder, after drawing them.
 
@@ -113,8 +132,11 @@ def draw_figures(
         images: The test galaxies' images, in the table's order.
         judged: As `plot_most_wrong` takes it; None for problems that have no single true label.
         judged_labels: The labels whose probabilities are drawn.
+        judged_votes: The votes that are drawn; None for a model without a decision tree.
     """
-    captions = {f"{FIGURES}/training_curves.png": "Loss and scores by epoch; the kept epoch is marked."}
+    has_scores = any("eval_accuracy" in record for history in histories.values() for record in history)
+    drawn = "Loss and scores" if has_scores else "Loss"
+    captions = {f"{FIGURES}/training_curves.png": f"{drawn} by epoch; the kept epoch is marked."}
     plot_training_curves(
         histories, folder / FIGURES / "training_curves.png", kept_stage=kept_stage, kept_epoch=kept_epoch
     )
@@ -123,6 +145,19 @@ def draw_figures(
         plot_confusion(test_metrics["confusion"], label_names, folder / FIGURES / "confusion.png")
         captions[f"{FIGURES}/most_wrong.png"] = "The test galaxies that the model got most wrong, the worst first."
         plot_most_wrong(images, judged, folder / FIGURES / "most_wrong.png")
+    if judged_votes is not None:
+        path = f"{FIGURES}/vote_fractions.png"
+        plot_vote_fractions(
+            judged_votes.concentrations,
+            judged_votes.votes,
+            judged_votes.decision_tree,
+            folder / path,
+            least_votes=judged_votes.least_votes,
+        )
+        captions[path] = (
+            "Expected and observed vote fractions of the test galaxies, a panel for each question. On the diagonal, "
+            f"expectations are right on average. Galaxies with at least {judged_votes.least_votes} votes on it."
+        )
     for label in judged_labels:
         captions |= _draw_probabilities(folder, label, ending=f"_{slug(label.name)}" if len(judged_labels) > 1 else "")
     return captions

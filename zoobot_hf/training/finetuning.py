@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from safetensors.torch import load_model
+from transformers import EvalPrediction
 from transformers.trainer_utils import get_last_checkpoint
 
 from zoobot_hf.data.balance import Strategy, balance_classes
@@ -22,22 +23,25 @@ from zoobot_hf.data.images import check_images
 from zoobot_hf.evaluation.judgement import Judgement, judge, prevalence_of
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.evaluation.selection import check_aim
+from zoobot_hf.evaluation.vote_metrics import vote_metrics_for_trainer
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.heads import prevalence_shift
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
-from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
 from zoobot_hf.publishing.hub import METRICS
 from zoobot_hf.publishing.run_folder import write_json
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
+from .head_grid import ModelWithHead
 from .machine import tune_memory_allocator
 from .run_report import StageResult, count_labels, test_metrics_of, write_run
-from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, check_labels
+from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, check_labels, read_labels
 
 logger = logging.getLogger(__name__)
 
 BEST_FOLDER = "best"
 RUN_FILE = "run.json"
+# Problems without classes, and what the model's outputs are.
+WITHOUT_CLASSES = {"regression": "values", "votes": "the answers to a decision tree"}
 # Arguments that say where and how a run works, not what comes out of it.
 MACHINE_ARGUMENTS = (
     "output_dir",
@@ -63,10 +67,11 @@ class Finetuned(NamedTuple):
         kept_stage: Name of the stage with the lower validation loss.
         output_dir: The folder that is ready for the Hub.
         test_metrics: By stage, of the test galaxies as they are; of calibrated probabilities for their own prevalence.
-        judgements: By stage, calibration, threshold and scores with intervals; none for a regression.
+            Of a decision tree as `score_votes` has them.
+        judgements: By stage, calibration, threshold and scores with intervals; for classes alone.
     """
 
-    model: ZoobotForImageClassification
+    model: ModelWithHead
     stages: list[StageResult]
     kept_stage: str
     output_dir: Path
@@ -75,7 +80,7 @@ class Finetuned(NamedTuple):
 
 
 def finetune(
-    model: ZoobotForImageClassification,
+    model: ModelWithHead,
     processor: ZoobotImageProcessor,
     dataset: DatasetDict,
     output_dir: str | Path,
@@ -89,7 +94,7 @@ def finetune(
     dataset_name: str | None = None,
     cuts: Mapping[str, int] | None = None,
     sky_prevalence: Mapping[str, float] | None = None,
-    decision_aim: str = "f1",
+    decision_aim: str | None = None,
     decision_at_least: float | None = None,
     license_name: str | None = None,
 ) -> Finetuned:
@@ -98,15 +103,17 @@ def finetune(
     The unfrozen stage starts from the best weights of the frozen one and is kept only if its validation loss is lower.
     After that a temperature is fitted to the validation galaxies, a threshold is chosen on them, and the model gives
     probabilities for the sky's prevalence. What the validation galaxies don't allow is left out, and card and log say
-    so.
+    so. A model that answers a decision tree is trained on votes and gives concentrations, and none of this applies.
     Under `accelerate launch` the processes share the work, and the first one writes.
 
     Args:
-        model: From `from_pretrained`, with the dataset's labels.
+        model: From `from_pretrained`, with the dataset's labels; a `ZoobotForGalaxyZoo` for votes. One that was trained
+            on another survey starts from the answers that both surveys share: load it with the new `decision_tree`.
         processor: The image processor that suits the encoder.
         dataset: With `train`, `validation` and `test`; each with `id_str`, `image` and `label`.
         output_dir: Gets config.json, model.safetensors, preprocessor_config.json, README.md, metrics.json,
-            predictions.parquet and figures/. Checkpoints go to a folder beside it, `<output_dir>-checkpoints`.
+            predictions.parquet and figures/, and for a decision tree predictions-friendly.parquet and
+            predictions-advanced.parquet. Checkpoints go to a folder beside it, `<output_dir>-checkpoints`.
         frozen: Arguments of the frozen stage; their `output_dir` is not used.
         unfrozen: Arguments of the unfrozen stage; likewise.
         skip_unfrozen: Whether to end after the frozen stage.
@@ -119,7 +126,7 @@ def finetune(
         sky_prevalence: The share of each label in the sky that the predictions are for, by its name, above 0; that of
             the training split before balancing when absent.
         decision_aim: What the threshold of the selection is for, at the sky's prevalence: "purity", "completeness" or
-            "f1" (the best there is).
+            "f1" (the best there is); f1 when absent.
         decision_at_least: The purity or completeness to be reached, 0-1; not for f1.
         license_name: The Hub's short name of the model's licence, for the model card: "apache-2.0".
 
@@ -130,11 +137,14 @@ def finetune(
         FileExistsError: The output folder holds a run, and neither `resume` nor `overwrite` was asked for.
         UnreadableImageError: Some images can't be read.
         ValueError: The dataset lacks a split, or its labels aren't the model's; a class without a training galaxy; a
-            prevalence or an aim that doesn't fit; or the run to resume had other data or arguments.
+            prevalence or an aim that doesn't fit, or one of these, or balancing, where there are no classes; or the run
+            to resume had other data or arguments.
     """
     tune_memory_allocator()
     _check_splits(dataset)
-    check_aim(decision_aim, decision_at_least)
+    choices = {"balance": balance, "sky_prevalence": sky_prevalence}
+    _check_classes_are_there(model, **choices, decision_aim=decision_aim, decision_at_least=decision_at_least)
+    check_aim(decision_aim or "f1", decision_at_least)
     output_dir = Path(output_dir)
     # Resolved, because "." and ".." have no name that the checkpoints' folder could be called after.
     work_dir = output_dir.resolve().with_name(f"{output_dir.resolve().name}-checkpoints")
@@ -162,11 +172,10 @@ def finetune(
         kept.name,
         ", ".join(f"{stage.name} {stage.validation_loss:.4f}" for stage in stages),
     )
-    judgements = _judge(model, stages, dataset, aim=decision_aim, at_least=decision_at_least)
+    judgements = _judge(model, stages, dataset, aim=decision_aim or "f1", at_least=decision_at_least)
     if kept.name in judgements:
         _take_calibration(model, judgements[kept.name])
-    problem_type = model.config.problem_type
-    test_metrics = {s.name: test_metrics_of(problem_type, s, judgements.get(s.name), dataset["test"]) for s in stages}
+    test_metrics = {s.name: test_metrics_of(model, s, judgements.get(s.name), dataset["test"]) for s in stages}
     if PartialState().is_main_process:
         write_run(
             output_dir,
@@ -189,7 +198,7 @@ def finetune(
 def _run_stage(
     name: str,
     trainer_class: type[FrozenStageTrainer] | type[UnfrozenStageTrainer],
-    model: ZoobotForImageClassification,
+    model: ModelWithHead,
     arguments: FrozenStageArguments | UnfrozenStageArguments,
     processor: ZoobotImageProcessor,
     dataset: DatasetDict,
@@ -209,7 +218,7 @@ def _run_stage(
         processing_class=processor,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
-        compute_metrics=metrics_for_trainer(model.config.problem_type),
+        compute_metrics=_metrics_in_training(model),
     )
     logger.info("The %s stage: at most %g epochs.", name, arguments.num_train_epochs)
     started = time.monotonic()
@@ -222,6 +231,13 @@ def _run_stage(
     return result
 
 
+def _metrics_in_training(model: ModelWithHead) -> Callable[[EvalPrediction], dict[str, float]]:
+    config = model.config
+    if config.problem_type == "votes":
+        return vote_metrics_for_trainer(config.decision_tree)
+    return metrics_for_trainer(config.problem_type)
+
+
 def _measure(
     name: str, trainer: FrozenStageTrainer | UnfrozenStageTrainer, dataset: DatasetDict, *, seconds: float
 ) -> StageResult:
@@ -232,30 +248,30 @@ def _measure(
         history=trainer.state.log_history,
         kept_epoch=_best_epoch(trainer.state.log_history),
         validation_loss=float(validation.metrics["validation_loss"]),
-        validation_logits=np.asarray(validation.predictions, dtype=np.float64).tolist(),
-        test_logits=np.asarray(test.predictions, dtype=np.float64).tolist(),
+        validation_outputs=np.asarray(validation.predictions, dtype=np.float64).tolist(),
+        test_outputs=np.asarray(test.predictions, dtype=np.float64).tolist(),
         seconds=seconds,
         settings=trainer.args.shown,
     )
 
 
 def _judge(
-    model: ZoobotForImageClassification,
+    model: ModelWithHead,
     stages: list[StageResult],
     dataset: DatasetDict,
     *,
     aim: str,
     at_least: float | None,
 ) -> dict[str, Judgement]:
-    """What each stage's head is worth; nothing for a regression."""
-    if model.config.problem_type == "regression":
+    """What each stage's head is worth; nothing where there are no classes."""
+    if model.config.problem_type in WITHOUT_CLASSES:
         return {}
     return {
         stage.name: judge(
             model.config,
-            validation_logits=stage.validation_logits,
+            validation_logits=stage.validation_outputs,
             validation_labels=dataset["validation"]["label"][:],
-            test_logits=stage.test_logits,
+            test_logits=stage.test_outputs,
             test_labels=dataset["test"]["label"][:],
             aim=aim,
             at_least=at_least,
@@ -264,7 +280,7 @@ def _judge(
     }
 
 
-def _take_calibration(model: ZoobotForImageClassification, judgement: Judgement) -> None:
+def _take_calibration(model: ModelWithHead, judgement: Judgement) -> None:
     for name, value in judgement.fields.items():
         setattr(model.config, name, value)
     for remark in judgement.remarks:
@@ -285,6 +301,17 @@ def _check_splits(dataset: DatasetDict) -> None:
         raise ValueError(
             f"the dataset has no galaxies in {', '.join(missing)}; make the splits with split_dataset. Validation "
             "galaxies choose between the stages, calibrate and set the threshold; test galaxies measure."
+        )
+
+
+def _check_classes_are_there(model: ModelWithHead, **choices: object) -> None:
+    """Refuses choices that only classes have, for a model without."""
+    given = [name for name, value in choices.items() if value is not None]
+    outputs = WITHOUT_CLASSES.get(model.config.problem_type)
+    if outputs is not None and given:
+        raise ValueError(
+            f"{given[0]} is {choices[given[0]]!r}, which is for classes, and this model's outputs are {outputs}; leave "
+            f"out {' and '.join(given)}."
         )
 
 
@@ -331,14 +358,17 @@ def _check_same_run(work_dir: Path, fingerprint: dict[str, Any]) -> None:
 
 
 def _fingerprint(
-    model: ZoobotForImageClassification,
+    model: ModelWithHead,
     processor: ZoobotImageProcessor,
     dataset: DatasetDict,
     arguments: tuple[FrozenStageArguments, UnfrozenStageArguments],
     balance: str | None,
 ) -> dict[str, Any]:
     """What must not change between a run and its resumption, as plain values."""
-    galaxies = {name: [split["id_str"][:], np.asarray(split["label"]).tolist()] for name, split in dataset.items()}
+    labels = {name: read_labels(split, model) for name, split in dataset.items()}
+    galaxies = {
+        name: [dataset[name]["id_str"][:], known.tolist()] for name, known in labels.items() if known is not None
+    }
     settings = {
         stage.__class__.__name__: {key: value for key, value in stage.to_dict().items() if key not in MACHINE_ARGUMENTS}
         for stage in arguments
@@ -347,6 +377,7 @@ def _fingerprint(
         "encoder": model.config.encoder_name,
         "head": [model.config.head_type, model.config.head_hidden_size, model.config.head_dropout],
         "label_names": model.config.label_names,
+        "decision_tree": model.config.decision_tree,
         "processor": processor.to_dict(),
         "dataset": hashlib.sha256(json.dumps(galaxies).encode()).hexdigest(),
         "balance": balance,
@@ -355,7 +386,7 @@ def _fingerprint(
 
 
 def _with_prevalence(
-    model: ZoobotForImageClassification,
+    model: ModelWithHead,
     dataset: DatasetDict,
     *,
     balance: Strategy | None,
@@ -364,13 +395,11 @@ def _with_prevalence(
 ) -> DatasetDict:
     """The dataset, its training split balanced where asked for; the prevalences go into the model's configuration."""
     config, train = model.config, dataset["train"]
+    if config.problem_type in WITHOUT_CLASSES:
+        return dataset
     is_single_label = isinstance(train.features["label"], ClassLabel)
     if balance is not None and not is_single_label:
         raise ValueError(f"balance is {balance!r}, which needs one class for each galaxy; leave it out.")
-    if config.problem_type == "regression":
-        if sky_prevalence is not None:
-            raise ValueError("sky_prevalence is for classes, and this model's outputs are values; leave it out.")
-        return dataset
     measured = _prevalence_of_split(train, config)
     if balance is not None:
         train = balance_classes(train, seed=seed, strategy=balance).dataset

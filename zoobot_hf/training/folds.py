@@ -29,7 +29,8 @@ def check_classes(dataset: Dataset, *, folds: int) -> Integers:
     """
     feature = dataset.features.get("label")
     if not isinstance(feature, ClassLabel):
-        raise ValueError(f"label is {feature or 'not there'}; folds need one class for each galaxy, a ClassLabel.")
+        found = "votes" if isinstance(feature, dict) else feature or "not there"
+        raise ValueError(f"label is {found}; folds need one class for each galaxy, a ClassLabel.")
     identifiers = pd.Series(dataset["id_str"][:])
     if identifiers.duplicated().any():
         raise ValueError(

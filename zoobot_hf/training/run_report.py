@@ -1,5 +1,6 @@
 """What the stages of a run gave, and the folder that is made of it."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,18 @@ from zoobot_hf.evaluation.metrics import metrics_for
 from zoobot_hf.evaluation.scores import CALIBRATION_ERROR_BY_CHANCE, LABELLED_GALAXIES, Scores
 from zoobot_hf.evaluation.selection import Selection
 from zoobot_hf.evaluation.tables import prediction_table
+from zoobot_hf.evaluation.vote_metrics import score_votes
 from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
-from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.publishing.hub import METRICS, MODEL_CARD, PREDICTIONS
 from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, render_model_card
-from zoobot_hf.publishing.run_folder import JudgedLabel, draw_figures, save_model, write_json
+from zoobot_hf.publishing.run_folder import JudgedLabel, JudgedVotes, draw_figures, save_model, write_json
+
+from .head_grid import ModelWithHead
+from .vote_report import judged_votes, read_observed_votes, remarks_on_votes, vote_tables
+
+logger = logging.getLogger(__name__)
 
 LIMITS = (
     "The scores are those of galaxies like the ones it was trained on. With images of another survey, other bands, "
@@ -42,8 +49,9 @@ class StageResult:
         history: `TrainerState.log_history`.
         kept_epoch: The epoch of lowest validation loss, counted from the stage's start; its weights were kept.
         validation_loss: Of these weights.
-        validation_logits: (validation galaxies, labels), the head's own, before softmax.
-        test_logits: (test galaxies, labels), in the order of the test split, likewise.
+        validation_outputs: (validation galaxies, labels), the head's own logits, before softmax; for a decision tree
+            concentrations (validation galaxies, answers).
+        test_outputs: (test galaxies, labels), in the order of the test split, likewise.
         seconds: How long the stage took.
         settings: The arguments worth knowing, by name.
     """
@@ -52,15 +60,15 @@ class StageResult:
     history: list[dict[str, Any]]
     kept_epoch: float
     validation_loss: float
-    validation_logits: list[list[float]]
-    test_logits: list[list[float]]
+    validation_outputs: list[list[float]]
+    test_outputs: list[list[float]]
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 def write_run(
     folder: Path,
-    model: ZoobotForImageClassification,
+    model: ModelWithHead,
     processor: ZoobotImageProcessor,
     dataset: DatasetDict,
     *,
@@ -73,15 +81,15 @@ def write_run(
     cuts: Mapping[str, int],
     license_name: str | None = None,
 ) -> None:
-    """Writes model, processor, card, metrics, table of test predictions and figures.
+    """Writes model, processor, card, metrics, tables of test predictions and figures.
 
     Args:
         folder: Made where it isn't there.
         model: With the kept stage's weights and calibration.
         processor: Its image processor.
-        dataset: With `test`.
+        dataset: With `train` and `test`.
         stages: What each gave, in their order.
-        judgements: By stage; none for a regression.
+        judgements: By stage; for classes alone.
         test_metrics: By stage, from `test_metrics_of`.
         kept_stage: The stage whose weights these are.
         counts: Galaxies by split and label, before balancing.
@@ -94,8 +102,8 @@ def write_run(
     judgement = judgements.get(kept_stage)
     encoder = config.encoder_name or config.encoder_config.model_type
     save_model(folder, model, processor)
-    table = _test_predictions(model, kept, dataset["test"], judgement)
-    write_catalog(table, folder / PREDICTIONS)
+    for name, table in _test_tables(model, kept, dataset["test"], judgement).items():
+        write_catalog(table, folder / name)
     write_json(folder / METRICS, _metrics_file(stages, judgements, test_metrics, kept_stage))
     figures = draw_figures(
         folder,
@@ -107,6 +115,7 @@ def write_run(
         images=dataset["test"]["image"],
         judged=_judged_table(model, judgement, dataset["test"]),
         judged_labels=_judged_labels(model, judgement, dataset["test"]),
+        judged_votes=_judged_votes(model, kept, dataset["test"]),
     )
     facts = ModelCardFacts(
         model_name=folder.resolve().name,
@@ -117,6 +126,8 @@ def write_run(
         limits=LIMITS,
         labels=config.label_names,
         problem_type=config.problem_type,
+        decision_tree=config.decision_tree,
+        questions=test_metrics[kept_stage].get("questions", {}),
         image_size=processor.pixels,
         stages=[
             StageFacts(
@@ -134,7 +145,7 @@ def write_run(
         selections={name: _selection_facts(selection) for name, selection in judgement.selections.items()}
         if judgement
         else {},
-        remarks=judgement.remarks if judgement else (),
+        remarks=_remarks(model, judgement, dataset),
         dataset_name=dataset_name,
         dataset_ids=[dataset_name] if dataset_name is not None and "/" in dataset_name else (),
         counts=counts,
@@ -152,18 +163,22 @@ def write_run(
 
 
 def test_metrics_of(
-    problem_type: str, stage: StageResult, judgement: Judgement | None, test: Dataset
+    model: ModelWithHead, stage: StageResult, judgement: Judgement | None, test: Dataset
 ) -> dict[str, Any]:
-    """The metrics of a stage on the test galaxies as they are, from calibrated probabilities or a regression's values.
+    """The metrics of a stage on the test galaxies as they are.
+
+    They are those of calibrated probabilities, of a regression's values, or of votes: see `score_votes`.
 
     Args:
-        problem_type: As in `ZoobotConfig`.
+        model: The model.
         stage: What the stage gave.
-        judgement: Of this stage; None for a regression.
+        judgement: Of this stage; None where there are no classes.
         test: The test split.
     """
-    predictions = np.asarray(stage.test_logits) if judgement is None else judgement.probabilities_as_labelled
-    metrics = metrics_for(problem_type, include_confusion=judgement is not None)
+    if isinstance(model, ZoobotForGalaxyZoo):
+        return dict(score_votes(stage.test_outputs, read_observed_votes(test, model), model.config.decision_tree))
+    predictions = np.asarray(stage.test_outputs) if judgement is None else judgement.probabilities_as_labelled
+    metrics = metrics_for(model.config.problem_type, include_confusion=judgement is not None)
     results: dict[str, Any] = metrics.compute(predictions=predictions, references=np.asarray(test["label"]))
     return results
 
@@ -221,9 +236,7 @@ def _selection_facts(selection: Selection) -> dict[str, Any]:
     }
 
 
-def _judged_labels(
-    model: ZoobotForImageClassification, judgement: Judgement | None, test: Dataset
-) -> list[JudgedLabel]:
+def _judged_labels(model: ModelWithHead, judgement: Judgement | None, test: Dataset) -> list[JudgedLabel]:
     """What the figures about a label's probabilities need, for each label that has a threshold."""
     config = model.config
     labels, judged = np.asarray(test["label"]), []
@@ -243,27 +256,45 @@ def _judged_labels(
     return judged
 
 
+def _remarks(model: ModelWithHead, judgement: Judgement | None, dataset: DatasetDict) -> list[str]:
+    if isinstance(model, ZoobotForGalaxyZoo):
+        remarks = remarks_on_votes(dataset, model)
+        for remark in remarks:
+            logger.warning(remark)
+        return remarks
+    return judgement.remarks if judgement else []
+
+
+def _judged_votes(model: ModelWithHead, stage: StageResult, test: Dataset) -> JudgedVotes | None:
+    return judged_votes(stage.test_outputs, test, model) if isinstance(model, ZoobotForGalaxyZoo) else None
+
+
+def _test_tables(
+    model: ModelWithHead, stage: StageResult, test: Dataset, judgement: Judgement | None
+) -> dict[str, pd.DataFrame]:
+    """By the name of its file, each table of the test galaxies."""
+    if isinstance(model, ZoobotForGalaxyZoo):
+        return vote_tables(stage.test_outputs, test, model)
+    return {PREDICTIONS: _test_predictions(model, stage, test, judgement)}
+
+
 def _test_predictions(
-    model: ZoobotForImageClassification, stage: StageResult, test: Dataset, judgement: Judgement | None
+    model: ModelWithHead, stage: StageResult, test: Dataset, judgement: Judgement | None
 ) -> pd.DataFrame:
     if judgement is not None:
         return _table_of(model, test, judgement.probabilities)
-    logits = torch.tensor(stage.test_logits, dtype=torch.float32)
+    logits = torch.tensor(stage.test_outputs, dtype=torch.float32)
     return _table_of(model, test, probabilities_from_logits(logits, model.config).numpy())
 
 
-def _judged_table(
-    model: ZoobotForImageClassification, judgement: Judgement | None, test: Dataset
-) -> pd.DataFrame | None:
+def _judged_table(model: ModelWithHead, judgement: Judgement | None, test: Dataset) -> pd.DataFrame | None:
     """The table with the probabilities for the test galaxies as they are; None where no galaxy has a single label."""
     if judgement is None or model.config.problem_type != "single_label_classification":
         return None
     return _table_of(model, test, judgement.probabilities_as_labelled)
 
 
-def _table_of(
-    model: ZoobotForImageClassification, test: Dataset, predictions: npt.NDArray[np.floating[Any]]
-) -> pd.DataFrame:
+def _table_of(model: ModelWithHead, test: Dataset, predictions: npt.NDArray[np.floating[Any]]) -> pd.DataFrame:
     config = model.config
     table = prediction_table(
         test["id_str"][:], predictions, label_names=config.label_names, problem_type=config.problem_type

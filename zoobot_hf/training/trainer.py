@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 # The grid of heads: factors of the learning rate, and of the weight decay.
 GRID = tuple((rate, decay) for rate in (0.03, 0.1, 0.3, 1.0) for decay in (1.0,))
+# Concentrations have further to go than the logits of classes: on 540 drawn galaxies and an encoder trained on them, 20
+# epochs came to a validation loss of 43.5, and with the rates above to 51.0.
+GRID_OF_VOTES = tuple((rate, 1.0) for rate in (0.3, 1.0, 3.0, 10.0, 30.0))
 
 
 class GalaxyCollator:
@@ -113,6 +117,8 @@ class _StageTrainer(Trainer):
         train_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
+        for split in _list_splits(kwargs.get("eval_dataset")):
+            check_labels(split, model)
         if train_dataset is not None:
             check_labels(train_dataset, model)
             if args.augment and not args.uses_embedding_cache:
@@ -252,7 +258,8 @@ class FrozenStageTrainer(_StageTrainer):
         images = self.train_dataset
         embeddings = self._embeddings(images, views=self._views())
         # Without validation nothing could choose between heads.
-        self.grid_settings = GRID if self.eval_dataset is not None else ((1.0, 1.0),)
+        grid_settings = GRID_OF_VOTES if isinstance(self.classifier, ZoobotForGalaxyZoo) else GRID
+        self.grid_settings = grid_settings if self.eval_dataset is not None else ((1.0, 1.0),)
         grid = HeadGrid(self.classifier, embeddings, count=len(self.grid_settings))
         self.optimizer = self.lr_scheduler = None
         self.train_dataset, self.model, self.model_wrapped = embeddings, grid, grid
@@ -278,8 +285,7 @@ class FrozenStageTrainer(_StageTrainer):
             **kwargs: As in `Trainer`.
         """
         if isinstance(self.model, HeadGrid):
-            validation = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-            self.model.choose_winner([self._embeddings(split) for split in validation])
+            self.model.choose_winner([self._embeddings(split) for split in _list_splits(self.eval_dataset)])
         return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
@@ -339,7 +345,7 @@ class FrozenStageTrainer(_StageTrainer):
             cache_dir=self.args.embedding_cache_dir,
             torch_compile=self.args.torch_compile,
         )
-        return StoredEmbeddings(stored, _read_labels(dataset, self.classifier))
+        return StoredEmbeddings(stored, read_labels(dataset, self.classifier))
 
 
 class UnfrozenStageTrainer(_StageTrainer):
@@ -434,14 +440,15 @@ def _split_by_weight_decay(parameters: list[nn.Parameter], *, lr: float, weight_
 
 
 def check_labels(dataset: Dataset, model: ModelWithHead) -> None:
-    """Checks that a dataset's labels are the model's: in the same order, or votes with the same columns.
+    """Checks that a dataset's labels are the model's: in the same order, or counts of votes with the same columns.
 
     Args:
         dataset: With `label`.
         model: The model.
 
     Raises:
-        ValueError: There is no `label`, or its names, or its vote columns, are others than the model's.
+        ValueError: There is no `label`, or its names, or its vote columns, are others than the model's; votes are
+            negative or fractional, or there are none.
     """
     if "label" not in dataset.features:
         raise ValueError(f"the dataset has no column label; it has {', '.join(dataset.column_names)}.")
@@ -454,6 +461,7 @@ def check_labels(dataset: Dataset, model: ModelWithHead) -> None:
         )
     if columns is not None:
         _check_vote_columns(list(feature), columns)
+        _check_counts(_read_votes(dataset, columns), columns)
     elif isinstance(feature, ClassLabel) and feature.names != model.config.label_names:
         raise ValueError(
             f"the dataset has the labels {', '.join(feature.names)}; the model {', '.join(model.config.label_names)}; "
@@ -472,17 +480,56 @@ def _check_vote_columns(there: list[str], wanted: list[str]) -> None:
         )
 
 
+def _check_counts(votes: npt.NDArray[np.float32], columns: list[str]) -> None:
+    # Known before the encoder runs, which may take hours; NaN compares as neither.
+    is_wrong = (votes < 0) | (votes % 1 > 0)
+    if is_wrong.any():
+        names = [columns[number] for number in np.flatnonzero(is_wrong.any(axis=0))]
+        row = int(is_wrong.any(axis=1).argmax())
+        raise ValueError(
+            f"votes hold {votes[is_wrong][0]:g} in row {row}; no counts are in the columns {', '.join(names[:5])}"
+            f"{', ...' if len(names) > 5 else ''}: give counts of volunteers, whole and not negative, and no fractions."
+        )
+    if not np.nansum(votes) > 0:
+        raise ValueError(
+            f"none of the dataset's {len(votes)} galaxies has a vote in the columns {', '.join(columns[:5])}, ...; "
+            "leave out galaxies that nobody was asked about, and give each split some with votes."
+        )
+
+
 def _vote_columns(model: ModelWithHead) -> list[str] | None:
     return model.layout.vote_columns if isinstance(model, ZoobotForGalaxyZoo) else None
 
 
-def _read_labels(dataset: Dataset, model: ModelWithHead) -> Tensor | None:
-    """The labels of all rows, votes in the order of the model's outputs; no image is decoded."""
+def _list_splits(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset]:
+    if datasets is None:
+        return []
+    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
+
+
+def read_labels(dataset: Dataset, model: ModelWithHead) -> Tensor | None:
+    """The labels of all rows, without decoding an image; None where there are none.
+
+    Args:
+        dataset: The galaxies.
+        model: The model.
+
+    Returns:
+        Class indices (n,); values (n, labels); or votes, float32 (n, answers) in the order of the model's outputs, NaN
+        where they are missing.
+
+    Raises:
+        ValueError: As `check_labels`, for votes.
+    """
     if "label" not in dataset.column_names:
         return None
     columns = _vote_columns(model)
     if columns is None:
         return torch.as_tensor(dataset["label"][:])
     check_labels(dataset, model)
+    return torch.from_numpy(_read_votes(dataset, columns))
+
+
+def _read_votes(dataset: Dataset, columns: list[str]) -> npt.NDArray[np.float32]:
     votes = dataset.select_columns("label").flatten().to_pandas()
-    return torch.from_numpy(votes[[f"label.{column}" for column in columns]].to_numpy(dtype=np.float32, copy=True))
+    return np.array(votes[[f"label.{column}" for column in columns]], dtype=np.float32)
