@@ -63,6 +63,7 @@ ORDER = [
     "prediction.galaxies",
     "prediction.pieces",
     "prediction.shards",
+    "prediction.runs",
     "prediction.survey",
     "prediction.merge",
     "commands.messages",

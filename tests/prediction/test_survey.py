@@ -14,7 +14,7 @@ from PIL import Image
 
 from zoobot_hf import predict_galaxies, read_galaxies
 from zoobot_hf.data.catalog import CatalogError
-from zoobot_hf.prediction import shards, survey
+from zoobot_hf.prediction import runs, shards
 from zoobot_hf.prediction.survey import SurveyError, predict_survey
 
 SIZES = {"shard_size": 6, "batch_size": 4}
@@ -81,7 +81,7 @@ def test_the_shards_together_are_the_table_of_the_whole_catalog(
 
 def test_a_finished_run_is_not_computed_again(predict, monkeypatch):
     _, expected, _ = predict()
-    monkeypatch.setattr(survey, "run_galaxies", lambda *args, **options: pytest.fail("computed"))
+    monkeypatch.setattr(runs, "run_galaxies", lambda *args, **options: pytest.fail("computed"))
     _, table, _ = predict()
     pd.testing.assert_frame_equal(table, expected)
 
@@ -234,7 +234,7 @@ import torch
 torch.set_num_threads(1)
 from tiny_models import tiny_model
 from zoobot_hf import ZoobotImageProcessor
-from zoobot_hf.prediction import survey
+from zoobot_hf.prediction import runs, survey
 predict = lambda: survey.predict_survey(
     tiny_model("layer_norm"), ZoobotImageProcessor(32), sys.argv[1], sys.argv[2], shard_size=6, batch_size=4)
 """
@@ -255,12 +255,12 @@ print(predict(), PartialState().num_processes)
 # The second process kills itself at its second shard.
 PREDICT_AND_DIE = """
 import os, signal
-write = survey.write_shard
+write = runs.write_shard
 def write_once(path, shard):
     if path.name == "000003.parquet":
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, shard)
-survey.write_shard = write_once
+runs.write_shard = write_once
 predict()
 """
 

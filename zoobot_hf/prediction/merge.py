@@ -17,8 +17,8 @@ from astropy.table import Table
 from zoobot_hf.data.catalog import CATALOG_FORMATS, CatalogError, describe, read_catalog
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 
+from .runs import SurveyError
 from .shards import read_shard, shard_paths, whole_file
-from .survey import SurveyError
 from .tables import advanced_table, describe_column, friendly_table
 
 TABLES = ("predictions", "friendly", "advanced")
@@ -91,7 +91,7 @@ def _read_pieces(
         shard = read_shard(path)
         if shard is None:
             raise SurveyError(f"{path} is damaged or missing; run the same zoobot-hf predict again, which mends it.")
-        piece = shard.table
+        piece = shard.table.to_pandas()
         if table != "predictions":
             piece = (friendly_table if table == "friendly" else advanced_table)(piece, config)
         yield piece if joined is None else _join(piece, joined)
