@@ -78,6 +78,8 @@ def _read_finished(folder: Path) -> dict[str, Any]:
         raise SurveyError(
             f"{folder} holds no predictions of a survey; give the output of zoobot-hf predict."
         ) from error
+    if manifest["contents"] != "predictions":
+        raise SurveyError(f"{folder} holds embeddings, which are Parquet files as they are: {folder / 'embeddings'}.")
     if not manifest["finished"]:
         raise SurveyError(f"{folder} is not finished; run the same zoobot-hf predict again, which goes on with it.")
     return manifest

@@ -198,10 +198,7 @@ class _Run:
                 if number % state.num_processes == state.process_index:
                     self._write_shard(path, part, work)
                     self._show_others_progress()
-            # Looking for files takes any time, where a barrier of torch gives up after half an hour.
-            while not all(path.exists() for path in self.paths):
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-                self._show_others_progress()
+            wait_for_files(self.paths, meanwhile=self._show_others_progress)
             self.progress.update(self.total - self.progress.n)
 
     def _write_shard(self, path: Path, part: Part, work: Work[Part]) -> None:
@@ -236,6 +233,18 @@ class _Run:
             return
         finished = sum(path.exists() for path in self.paths) * self.size
         self.progress.update(max(0, min(finished, self.total) - self.progress.n))
+
+
+def wait_for_files(paths: list[Path], *, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Waits until other processes have written files, for any time; a barrier of torch gives up after half an hour.
+
+    Args:
+        paths: The files.
+        meanwhile: Called between the looks.
+    """
+    while not all(path.exists() for path in paths):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        meanwhile()
 
 
 class WorkOnImages:
