@@ -75,6 +75,7 @@ ORDER = [
     "commands.demo",
     "commands.curve",
     "commands.predict",
+    "commands.embed",
     "commands.merge",
     "commands.cache",
     "commands.push",

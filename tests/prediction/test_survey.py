@@ -120,6 +120,58 @@ def test_bad_files_are_failures_with_their_reason_and_no_other_row_moves(predict
     pd.testing.assert_frame_equal(table, left)  # to the last bit
 
 
+REASONS_OF_DAMAGE = {
+    "truncated": "it is damaged",
+    "empty": "the file is empty",
+    "no image": "it is not an image in a format that PIL knows",
+    "missing": "there is no such file",
+    "bomb": "it has over 89 million pixels and may be a decompression bomb",
+    "NaN": "the processor refuses it: 64 of 64 pixels are NaN or infinite",
+    "folder": "it is damaged",
+}
+
+
+def damage(path, kind, files):
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        contents = {"truncated": content[: len(content) // 2], "empty": b"", "no image": b"not an image", **files}
+        path.write_bytes(contents[kind])
+
+
+@pytest.mark.slow
+def test_of_two_thousand_galaxies_exactly_the_hundred_bad_ones_fail(layer_norm_model, processor, tmp_path):
+    generator = np.random.default_rng(0)
+    paths = [tmp_path / f"images/galaxy_{number:04d}.png" for number in range(2000)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    predict_survey(layer_norm_model, processor, tmp_path / "images", tmp_path / "clean", shard_size=300, batch_size=16)
+    clean = pd.read_parquet(tmp_path / "clean/predictions")
+    clean["file_loc"] = [str(path) for path in paths]
+    clean.to_csv(tmp_path / "catalog.csv", columns=["id_str", "file_loc"], index=False)
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    fits.PrimaryHDU(np.full((8, 8), np.nan)).writeto(tmp_path / "nan.fits")
+    files = {"bomb": (tmp_path / "bomb.png").read_bytes(), "NaN": (tmp_path / "nan.fits").read_bytes()}
+    bad = sorted(generator.choice(2000, 100, replace=False))
+    kinds = [list(REASONS_OF_DAMAGE)[place % len(REASONS_OF_DAMAGE)] for place in range(100)]
+    for number, kind in zip(bad, kinds, strict=True):
+        damage(paths[number], kind, files)
+
+    output = tmp_path / "out"
+    done = predict_survey(layer_norm_model, processor, tmp_path / "catalog.csv", output, shard_size=300, batch_size=16)
+    failures = pd.read_parquet(output / "failures.parquet")
+    assert done == (output, 2000, 100)
+    assert failures["id_str"].tolist() == [f"galaxy_{number:04d}" for number in bad]
+    assert failures["file_loc"].tolist() == [str(paths[number]) for number in bad]
+    for kind, reason in zip(kinds, failures["reason"], strict=True):
+        assert reason.startswith(REASONS_OF_DAMAGE[kind])
+    expected = clean.drop(index=bad, columns="file_loc").reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected, check_exact=True)
+
+
 def test_failures_are_tried_again_when_asked(predict, galaxy_folder, tmp_path):
     _, clean, _ = predict(output=tmp_path / "clean")
     whole = shutil.copytree(galaxy_folder / "images", tmp_path / "whole")

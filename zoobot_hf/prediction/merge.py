@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from astropy import units
-from astropy.io import votable
+from astropy.io import fits, votable
 from astropy.io.votable.tree import Info
 from astropy.table import Table
 
@@ -147,7 +147,19 @@ def _write_with_astropy(whole: pd.DataFrame, path: Path, facts: dict[str, str], 
             table[name].unit = units.dimensionless_unscaled
     if file_format == "fits":
         table.write(path, format="fits", overwrite=True)
+        _write_comments(path, table)
         return
     document = votable.from_table(table)
+    # What `Table.read` keeps of the whole table is its description alone.
+    said = f"Predictions of the model {facts['MODEL'] or 'without a name'}, weights {facts['WEIGHTS']}"
+    document.get_first_table().description = said
     document.get_first_table().infos.extend(Info(name=name, value=value) for name, value in facts.items())
     votable.writeto(document, str(path))
+
+
+def _write_comments(path: Path, table: Table) -> None:
+    """Writes the descriptions to TCOMMn as well, where TOPCAT reads them; astropy's own place is known to it alone."""
+    with fits.open(path, mode="update") as extensions:
+        for number, name in enumerate(table.colnames, start=1):
+            if table[name].description:
+                extensions[1].header[f"TCOMM{number}"] = table[name].description
