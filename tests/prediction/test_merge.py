@@ -63,7 +63,7 @@ def test_a_votable_says_what_it_holds(survey_folder, tmp_path):
     read = Table.read(tmp_path / "merged.vot")
     assert read["probability_ring"].description == "Probability of the label, 0-1"
     assert read["probability_ring"].unit == units.dimensionless_unscaled
-    assert read.meta["description"].startswith("Predictions of the model astronomer/rings, weights ")
+    assert read.meta["description"] == "Predictions of the model astronomer/rings"
 
 
 def test_a_parquet_file_says_what_it_holds(survey_folder, tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from zoobot_hf import predict_galaxies, read_galaxies
 from zoobot_hf.data.catalog import CatalogError
 from zoobot_hf.prediction import runs, shards
+from zoobot_hf.prediction.embeddings import embed_survey
 from zoobot_hf.prediction.survey import SurveyError, predict_survey
 
 SIZES = {"shard_size": 6, "batch_size": 4}
@@ -338,6 +339,25 @@ def test_any_number_of_processes_gives_the_same_table(predict, processes, galaxy
     assert done.stderr.count("predicting:   0%") == 1  # one bar
     pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected)
     pd.testing.assert_frame_equal(pd.read_parquet(output / "failures.parquet"), expected_failures)
+
+
+EMBED = """
+from zoobot_hf.prediction.embeddings import embed_survey
+print(embed_survey(
+    tiny_model("layer_norm"), ZoobotImageProcessor(32), sys.argv[1], sys.argv[2], shard_size=6, batch_size=4, pca=3))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_embed_with_the_same_components(layer_norm_model, processor, galaxy_folder, tmp_path):
+    (galaxy_folder / "images/galaxy_17.png").write_bytes(b"")
+    embed_survey(layer_norm_model, processor, galaxy_folder, tmp_path / "alone", pca=3, **SIZES)
+    done = launch(galaxy_folder, tmp_path / "shared_out", processes=2, body=EMBED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("galaxies=40, failures=1") == 2
+    alone, shared = (pd.read_parquet(tmp_path / name / "embeddings") for name in ("alone", "shared_out"))
+    assert shared["id_str"].tolist() == alone["id_str"].tolist()
+    np.testing.assert_array_equal(np.stack(shared["embedding"]), np.stack(alone["embedding"]))
 
 
 @pytest.mark.slow

@@ -151,8 +151,7 @@ def _write_with_astropy(whole: pd.DataFrame, path: Path, facts: dict[str, str], 
         return
     document = votable.from_table(table)
     # What `Table.read` keeps of the whole table is its description alone.
-    said = f"Predictions of the model {facts['MODEL'] or 'without a name'}, weights {facts['WEIGHTS']}"
-    document.get_first_table().description = said
+    document.get_first_table().description = f"Predictions of the model {facts['MODEL'] or 'without a name'}"
     document.get_first_table().infos.extend(Info(name=name, value=value) for name, value in facts.items())
     votable.writeto(document, str(path))
 
