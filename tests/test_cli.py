@@ -787,6 +787,25 @@ def test_a_folder_of_shards_is_predicted_and_merged(galaxy_folder, model_folder,
     assert_same_predictions(pd.read_parquet(merged), expected_table)
 
 
+def test_images_are_embedded_once_and_predicted_from_their_embeddings(
+    galaxy_folder, model_folder, tmp_path, zoobot_hf, refused, expected_table
+):
+    embed = ("embed", "--model", model_folder, "--images", galaxy_folder, "--dtype", "float32", "--output")
+    outcome = zoobot_hf(*embed, tmp_path / "embedded")
+    assert outcome.status == 0
+    assert f"40 galaxies: {tmp_path / 'embedded/embeddings'}" in outcome.output
+    predict = ("predict", "--model", model_folder, "--embeddings", tmp_path / "embedded", "--output")
+    assert zoobot_hf(*predict, tmp_path / "survey").status == 0
+    assert_same_predictions(pd.read_parquet(tmp_path / "survey/predictions"), expected_table)
+    assert "embeddings are predicted into a folder" in refused(*predict, tmp_path / "table.csv")
+    assert "batch_size is for an encoder" in refused(*predict, tmp_path / "other", "--batch_size", "4")
+    assert zoobot_hf(*embed, tmp_path / "reduced", "--pca", "3").status == 0
+    assert zoobot_hf(*embed, tmp_path / "as_before", "--pca", tmp_path / "reduced").status == 0
+    assert "were reduced by a PCA" in refused(
+        "predict", "--model", model_folder, "--embeddings", tmp_path / "reduced", "--output", tmp_path / "other"
+    )
+
+
 def test_failures_of_a_survey_are_told(galaxy_folder, model_folder, tmp_path, zoobot_hf, refused):
     (galaxy_folder / "images/galaxy_03.png").unlink()
     predict = ("predict", "--model", model_folder, "--images", galaxy_folder, "--output")

@@ -56,6 +56,8 @@ from .models.votes import expected_share_asked as expected_share_asked
 from .models.votes import expected_vote_fractions as expected_vote_fractions
 from .models.votes import tree_layout as tree_layout
 from .models.votes import vote_fraction_intervals as vote_fraction_intervals
+from .prediction.embeddings import embed_survey as embed_survey
+from .prediction.embeddings import predict_embeddings as predict_embeddings
 from .prediction.merge import merge_predictions as merge_predictions
 from .prediction.survey import Predictions as Predictions
 from .prediction.survey import Survey as Survey

@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": "train a new head on an encoder, then both",
     "curve": "measure how many labels are enough",
     "predict": "write a table of predictions for a catalog or a folder of images",
+    "embed": "write the encoder's embeddings of a catalog or a folder of images",
     "merge": "turn the folder that predict wrote into one table",
     "cache": "list the embeddings that are kept on disk, or delete them",
     "push": "send a finished run to the Hub in one commit",

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from astropy import units
 from astropy.io import fits, votable
 from astropy.table import Table
 
@@ -43,7 +44,13 @@ def test_a_fits_table_says_what_it_holds(survey_folder, tmp_path):
     merge_predictions(survey_folder, tmp_path / "merged.fits")
     table = Table.read(tmp_path / "merged.fits")
     assert table["probability_ring"].description == "Probability of the label, 0-1"
-    assert fits.getheader(tmp_path / "merged.fits", 1)["MODEL"] == "astronomer/rings"
+    assert table.meta["MODEL"] == "astronomer/rings"
+    header = fits.getheader(tmp_path / "merged.fits", 1)
+    number = table.colnames.index("probability_ring") + 1
+    assert header["MODEL"] == "astronomer/rings"
+    assert header[f"TTYPE{number}"] == "probability_ring"
+    assert header[f"TCOMM{number}"] == "Probability of the label, 0-1"
+    assert header[f"TUNIT{number}"] == ""  # a number without a unit
 
 
 def test_a_votable_says_what_it_holds(survey_folder, tmp_path):
@@ -53,6 +60,10 @@ def test_a_votable_says_what_it_holds(survey_folder, tmp_path):
     field = table.get_field_by_id_or_name("probability_ring")
     assert field.description == "Probability of the label, 0-1"
     assert field.unit == ""
+    read = Table.read(tmp_path / "merged.vot")
+    assert read["probability_ring"].description == "Probability of the label, 0-1"
+    assert read["probability_ring"].unit == units.dimensionless_unscaled
+    assert read.meta["description"] == "Predictions of the model astronomer/rings"
 
 
 def test_a_parquet_file_says_what_it_holds(survey_folder, tmp_path):

@@ -14,7 +14,8 @@ from PIL import Image
 
 from zoobot_hf import predict_galaxies, read_galaxies
 from zoobot_hf.data.catalog import CatalogError
-from zoobot_hf.prediction import shards, survey
+from zoobot_hf.prediction import runs, shards
+from zoobot_hf.prediction.embeddings import embed_survey
 from zoobot_hf.prediction.survey import SurveyError, predict_survey
 
 SIZES = {"shard_size": 6, "batch_size": 4}
@@ -81,7 +82,7 @@ def test_the_shards_together_are_the_table_of_the_whole_catalog(
 
 def test_a_finished_run_is_not_computed_again(predict, monkeypatch):
     _, expected, _ = predict()
-    monkeypatch.setattr(survey, "run_galaxies", lambda *args, **options: pytest.fail("computed"))
+    monkeypatch.setattr(runs, "run_galaxies", lambda *args, **options: pytest.fail("computed"))
     _, table, _ = predict()
     pd.testing.assert_frame_equal(table, expected)
 
@@ -118,6 +119,58 @@ def test_bad_files_are_failures_with_their_reason_and_no_other_row_moves(predict
         assert reason.startswith(beginning)
     left = clean[~clean["id_str"].isin(reasons)].reset_index(drop=True)
     pd.testing.assert_frame_equal(table, left)  # to the last bit
+
+
+REASONS_OF_DAMAGE = {
+    "truncated": "it is damaged",
+    "empty": "the file is empty",
+    "no image": "it is not an image in a format that PIL knows",
+    "missing": "there is no such file",
+    "bomb": "it has over 89 million pixels and may be a decompression bomb",
+    "NaN": "the processor refuses it: 64 of 64 pixels are NaN or infinite",
+    "folder": "it is damaged",
+}
+
+
+def damage(path, kind, files):
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        contents = {"truncated": content[: len(content) // 2], "empty": b"", "no image": b"not an image", **files}
+        path.write_bytes(contents[kind])
+
+
+@pytest.mark.slow
+def test_of_two_thousand_galaxies_exactly_the_hundred_bad_ones_fail(layer_norm_model, processor, tmp_path):
+    generator = np.random.default_rng(0)
+    paths = [tmp_path / f"images/galaxy_{number:04d}.png" for number in range(2000)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    predict_survey(layer_norm_model, processor, tmp_path / "images", tmp_path / "clean", shard_size=300, batch_size=16)
+    clean = pd.read_parquet(tmp_path / "clean/predictions")
+    clean["file_loc"] = [str(path) for path in paths]
+    clean.to_csv(tmp_path / "catalog.csv", columns=["id_str", "file_loc"], index=False)
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    fits.PrimaryHDU(np.full((8, 8), np.nan)).writeto(tmp_path / "nan.fits")
+    files = {"bomb": (tmp_path / "bomb.png").read_bytes(), "NaN": (tmp_path / "nan.fits").read_bytes()}
+    bad = sorted(generator.choice(2000, 100, replace=False))
+    kinds = [list(REASONS_OF_DAMAGE)[place % len(REASONS_OF_DAMAGE)] for place in range(100)]
+    for number, kind in zip(bad, kinds, strict=True):
+        damage(paths[number], kind, files)
+
+    output = tmp_path / "out"
+    done = predict_survey(layer_norm_model, processor, tmp_path / "catalog.csv", output, shard_size=300, batch_size=16)
+    failures = pd.read_parquet(output / "failures.parquet")
+    assert done == (output, 2000, 100)
+    assert failures["id_str"].tolist() == [f"galaxy_{number:04d}" for number in bad]
+    assert failures["file_loc"].tolist() == [str(paths[number]) for number in bad]
+    for kind, reason in zip(kinds, failures["reason"], strict=True):
+        assert reason.startswith(REASONS_OF_DAMAGE[kind])
+    expected = clean.drop(index=bad, columns="file_loc").reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected, check_exact=True)
 
 
 def test_failures_are_tried_again_when_asked(predict, galaxy_folder, tmp_path):
@@ -234,7 +287,7 @@ import torch
 torch.set_num_threads(1)
 from tiny_models import tiny_model
 from zoobot_hf import ZoobotImageProcessor
-from zoobot_hf.prediction import survey
+from zoobot_hf.prediction import runs, survey
 predict = lambda: survey.predict_survey(
     tiny_model("layer_norm"), ZoobotImageProcessor(32), sys.argv[1], sys.argv[2], shard_size=6, batch_size=4)
 """
@@ -255,12 +308,12 @@ print(predict(), PartialState().num_processes)
 # The second process kills itself at its second shard.
 PREDICT_AND_DIE = """
 import os, signal
-write = survey.write_shard
+write = runs.write_shard
 def write_once(path, shard):
     if path.name == "000003.parquet":
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, shard)
-survey.write_shard = write_once
+runs.write_shard = write_once
 predict()
 """
 
@@ -286,6 +339,25 @@ def test_any_number_of_processes_gives_the_same_table(predict, processes, galaxy
     assert done.stderr.count("predicting:   0%") == 1  # one bar
     pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected)
     pd.testing.assert_frame_equal(pd.read_parquet(output / "failures.parquet"), expected_failures)
+
+
+EMBED = """
+from zoobot_hf.prediction.embeddings import embed_survey
+print(embed_survey(
+    tiny_model("layer_norm"), ZoobotImageProcessor(32), sys.argv[1], sys.argv[2], shard_size=6, batch_size=4, pca=3))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_embed_with_the_same_components(layer_norm_model, processor, galaxy_folder, tmp_path):
+    (galaxy_folder / "images/galaxy_17.png").write_bytes(b"")
+    embed_survey(layer_norm_model, processor, galaxy_folder, tmp_path / "alone", pca=3, **SIZES)
+    done = launch(galaxy_folder, tmp_path / "shared_out", processes=2, body=EMBED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("galaxies=40, failures=1") == 2
+    alone, shared = (pd.read_parquet(tmp_path / name / "embeddings") for name in ("alone", "shared_out"))
+    assert shared["id_str"].tolist() == alone["id_str"].tolist()
+    np.testing.assert_array_equal(np.stack(shared["embedding"]), np.stack(alone["embedding"]))
 
 
 @pytest.mark.slow

@@ -45,6 +45,10 @@ def add_encoder_and_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label_column", help=f"column with the labels (default: {LABEL_COLUMN})")
     parser.add_argument("--configuration", help="configuration of a Hub dataset")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
+    add_image_processing(parser)
+
+
+def add_image_processing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--zoom",
         type=number(float, 1),
@@ -57,6 +61,26 @@ def add_encoder_and_dataset(parser: argparse.ArgumentParser) -> None:
         help="'encoder' applies the mean and standard deviation that the encoder's repository states; 'none' gives "
         "RGB in 0-1, as Galaxy Zoo's encoders take it; 'auto' is 'none' for encoders in timm's layout and 'encoder' "
         "for others that state them (default: %(default)s)",
+    )
+
+
+def add_batches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch_size",
+        type=number(int, 1),
+        help="galaxies that the encoder sees at once (default: what suits the device)",
+    )
+    parser.add_argument(
+        "--torch_compile", action="store_true", help="compile the model, which pays from some thousand images on"
+    )
+
+
+def add_survey(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--retry_failures", action="store_true", help="try again what an earlier run into the folder couldn't read"
+    )
+    parser.add_argument(
+        "--max_failures", type=number(int, 0), help="stop a run into a folder after more failures than this"
     )
 
 

@@ -10,20 +10,27 @@ from accelerate import PartialState
 from ..data.catalog import check_catalog_can_be_written, find_catalog, read_galaxies, write_catalog
 from ..evaluation.vote_tables import advanced_table, friendly_table
 from ..models.configuration_zoobot import PREVALENCES, ZoobotConfig
+from ..prediction.embeddings import predict_embeddings
 from ..prediction.galaxies import predict_galaxies
+from ..prediction.runs import Survey
 from ..prediction.survey import predict_survey
 from .inputs import choose_device, load_classifier
 from .messages import complain
-from .options import add_device, number
+from .options import add_batches, add_device, add_survey
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a finetuned model")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--images",
-        required=True,
         help="catalog, or folder with a catalog or images; for an output folder also a pattern for many catalogs, in "
         "quotes",
+    )
+    source.add_argument(
+        "--embeddings",
+        type=Path,
+        help="instead of images, the folder that embed wrote with this model's encoder; the output is a folder too",
     )
     parser.add_argument(
         "--output",
@@ -34,35 +41,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "that was stopped",
     )
     parser.add_argument(
-        "--batch_size",
-        type=number(int, 1),
-        help="galaxies that the encoder sees at once (default: what suits the device)",
-    )
-    parser.add_argument(
         "--prevalence", choices=PREVALENCES, help="probabilities for this prevalence (default: the model's own)"
     )
-    parser.add_argument(
-        "--torch_compile", action="store_true", help="compile the model, which pays from some thousand images on"
-    )
-    parser.add_argument(
-        "--retry_failures", action="store_true", help="try again what an earlier run into the folder couldn't read"
-    )
-    parser.add_argument(
-        "--max_failures", type=number(int, 0), help="stop a run into a folder after more failures than this"
-    )
+    add_batches(parser)
+    add_survey(parser)
     add_device(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.embeddings is not None:
+        return _report(_predict_embeddings(options))
     if not options.output.suffix:
-        return _predict_survey(options)
+        return _report(_predict_survey(options))
     return _predict_table(options)
 
 
-def _predict_survey(options: argparse.Namespace) -> int:
+def _predict_survey(options: argparse.Namespace) -> Survey:
     device = choose_device(options.device)
     model, processor = load_classifier(options.model)
-    done = predict_survey(
+    return predict_survey(
         model,
         processor,
         options.images,
@@ -75,6 +72,33 @@ def _predict_survey(options: argparse.Namespace) -> int:
         retry_failures=options.retry_failures,
         max_failures=options.max_failures,
     )
+
+
+def _predict_embeddings(options: argparse.Namespace) -> Survey:
+    if options.output.suffix:
+        raise ValueError(
+            f"output is {options.output}, one table; embeddings are predicted into a folder, from which zoobot-hf "
+            "merge makes one."
+        )
+    for name in ("batch_size", "torch_compile"):
+        if getattr(options, name):
+            raise ValueError(f"{name} is for an encoder, and none is run on embeddings; leave it out.")
+    device = choose_device(options.device)
+    model, processor = load_classifier(options.model)
+    return predict_embeddings(
+        model,
+        processor,
+        options.embeddings,
+        options.output,
+        model_name=options.model,
+        device=device,
+        prevalence=options.prevalence,
+        retry_failures=options.retry_failures,
+        max_failures=options.max_failures,
+    )
+
+
+def _report(done: Survey) -> int:
     if PartialState().is_main_process:
         print(f"{done.galaxies - done.failures} galaxies: {done.folder / 'predictions'}")
         if done.failures:

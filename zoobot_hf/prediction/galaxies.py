@@ -1,7 +1,8 @@
 """Galaxies to a model's outputs: batch by batch, the images decoded while the encoder works."""
 
 import contextlib
-from collections.abc import Hashable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zoobot_hf.data.images import UnreadableImageError, open_image, read_ahead
+from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
-from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification, ZoobotPreTrainedModel
 from zoobot_hf.training.machine import InferenceRunner, default_batch_size
 
 from .tables import survey_table
@@ -23,6 +25,8 @@ from .tables import survey_table
 FAILURE_COLUMNS = ["id_str", "file_loc", "reason"]
 Classifier = ZoobotForImageClassification | ZoobotForGalaxyZoo
 Row = dict[Hashable, Any]
+Values = npt.NDArray[np.floating[Any]]
+Interpret = Callable[[Tensor], Values]
 
 
 class Predictions(NamedTuple):
@@ -42,12 +46,13 @@ class Galaxy(NamedTuple):
 
     Attributes:
         row: Its row of the catalog, with `id_str` and `file_loc`; None for a place that was left empty.
-        output: (labels,), float32: probabilities, a regression's values or concentrations; None where it failed.
+        output: (labels,), float32: probabilities, a regression's values or concentrations; or (embedding_size,), an
+            embedding; None where it failed.
         reason: Why it failed.
     """
 
     row: Row | None
-    output: npt.NDArray[np.float32] | None
+    output: Values | None
     reason: str
 
 
@@ -79,13 +84,14 @@ def predict_galaxies(
         ValueError: A prevalence that isn't known, or that the model lacks.
     """
     check_prevalence(model, prevalence)
+    interpret = functools.partial(read_outputs, config=model.config, prevalence=prevalence)
     rows = catalog[["id_str", "file_loc"]].to_dict("records")
     found, failures = [], []
     with (
         inference_runner(model, batch_size=batch_size, device=device, torch_compile=torch_compile) as runner,
         tqdm(total=len(catalog), desc="predicting", unit="galaxy") as progress,
     ):
-        for batch in run_galaxies(model, processor, rows, runner=runner, prevalence=prevalence):
+        for batch in run_galaxies(runner, processor, rows, interpret=interpret):
             found += [galaxy for galaxy in batch if galaxy.output is not None]
             failures += [galaxy for galaxy in batch if galaxy.output is None]
             progress.update(len(batch))
@@ -96,7 +102,7 @@ def predict_galaxies(
 
 @contextlib.contextmanager
 def inference_runner(
-    model: Classifier, *, batch_size: int | None, device: str | torch.device, torch_compile: bool = False
+    model: ZoobotPreTrainedModel, *, batch_size: int | None, device: str | torch.device, torch_compile: bool = False
 ) -> Iterator[InferenceRunner]:
     """What runs the model; afterwards the model's memory is as it was, so that it can be saved.
 
@@ -115,23 +121,17 @@ def inference_runner(
 
 
 def run_galaxies(
-    model: Classifier,
-    processor: ZoobotImageProcessor,
-    rows: Iterable[Row | None],
-    *,
-    runner: InferenceRunner,
-    prevalence: str | None = None,
+    runner: InferenceRunner, processor: ZoobotImageProcessor, rows: Iterable[Row | None], *, interpret: Interpret
 ) -> Iterator[list[Galaxy]]:
     """Batches of what became of the galaxies, in the order of the rows; the next are decoded while the encoder works.
 
     A galaxy that can't be read keeps its place in its batch, so that no other galaxy's output depends on it.
 
     Args:
-        model: The model that the runner runs.
-        processor: The image processor that was saved with it.
-        rows: Each with `id_str` and `file_loc`; None for a place in a batch that stays empty.
         runner: From `inference_runner`.
-        prevalence: As in `predict_galaxies`.
+        processor: The image processor that was saved with the runner's model.
+        rows: Each with `id_str` and `file_loc`; None for a place in a batch that stays empty.
+        interpret: What to keep of a batch of the model's outputs, a row for each.
     """
 
     def read(row: Row | None) -> tuple[Row | None, Tensor | None, str]:
@@ -147,8 +147,21 @@ def run_galaxies(
             return row, None, f"it can't be opened: {error.strerror or error}"
 
     for batch in read_ahead(read, rows, batch_size=runner.batch_size):
-        outputs = _run([field for _, field, _ in batch], model, processor, runner=runner, prevalence=prevalence)
+        outputs = _run([field for _, field, _ in batch], runner, processor, interpret=interpret)
         yield [_judge(row, field, reason, output) for (row, field, reason), output in zip(batch, outputs, strict=True)]
+
+
+def read_outputs(outputs: Tensor, *, config: ZoobotConfig, prevalence: str | None) -> Values:
+    """What a model's outputs say: probabilities, a regression's values or concentrations, float32, (batch, labels).
+
+    Args:
+        outputs: In evaluation mode, (batch, labels).
+        config: The model's configuration.
+        prevalence: As in `predict_galaxies`.
+    """
+    if config.problem_type != "votes":
+        outputs = probabilities_from_logits(outputs, config, prevalence=prevalence)
+    return np.asarray(outputs.numpy(), dtype=np.float32)
 
 
 def table_of(galaxies: list[Galaxy], model: Classifier, *, prevalence: str | None) -> pd.DataFrame:
@@ -192,28 +205,20 @@ def check_prevalence(model: Classifier, prevalence: str | None) -> None:
 
 
 def _run(
-    fields: list[Tensor | None],
-    model: Classifier,
-    processor: ZoobotImageProcessor,
-    *,
-    runner: InferenceRunner,
-    prevalence: str | None,
-) -> npt.NDArray[np.float32]:
-    """(batch, labels); of no meaning where there is no image."""
+    fields: list[Tensor | None], runner: InferenceRunner, processor: ZoobotImageProcessor, *, interpret: Interpret
+) -> list[Values | None]:
+    """An output for each place; of no meaning where there is no image."""
     shape = next((field.shape for field in fields if field is not None), None)
     if shape is None:
-        return np.zeros((len(fields), model.config.num_labels), np.float32)
+        return [None] * len(fields)
     blank = torch.zeros(shape, dtype=torch.uint8)
     images = torch.stack([blank if field is None else field for field in fields]).to(runner.device)
-    outputs = runner(processor.rescale_and_normalize(images))
-    if model.config.problem_type != "votes":
-        outputs = probabilities_from_logits(outputs, model.config, prevalence=prevalence)
-    return np.asarray(outputs.numpy(), dtype=np.float32)
+    return list(interpret(runner(processor.rescale_and_normalize(images))))
 
 
-def _judge(row: Row | None, field: Tensor | None, reason: str, output: npt.NDArray[np.float32]) -> Galaxy:
-    if field is None:
+def _judge(row: Row | None, field: Tensor | None, reason: str, output: Values | None) -> Galaxy:
+    if field is None or output is None:
         return Galaxy(row, None, reason)
     if not np.isfinite(output).all():
-        return Galaxy(row, None, "the model's output for it is not a finite number")
+        return Galaxy(row, None, f"the model's output for it is not a finite number in {output.dtype}")
     return Galaxy(row, output, "")

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from astropy import units
-from astropy.io import votable
+from astropy.io import fits, votable
 from astropy.io.votable.tree import Info
 from astropy.table import Table
 
@@ -18,8 +18,8 @@ from zoobot_hf.data.catalog import CATALOG_FORMATS, CatalogError, describe, read
 from zoobot_hf.evaluation.vote_tables import advanced_table, friendly_table
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 
+from .runs import SurveyError
 from .shards import read_shard, shard_paths, whole_file
-from .survey import SurveyError
 from .tables import describe_column
 
 TABLES = ("predictions", "friendly", "advanced")
@@ -79,6 +79,8 @@ def _read_finished(folder: Path) -> dict[str, Any]:
         raise SurveyError(
             f"{folder} holds no predictions of a survey; give the output of zoobot-hf predict."
         ) from error
+    if manifest["contents"] != "predictions":
+        raise SurveyError(f"{folder} holds embeddings, which are Parquet files as they are: {folder / 'embeddings'}.")
     if not manifest["finished"]:
         raise SurveyError(f"{folder} is not finished; run the same zoobot-hf predict again, which goes on with it.")
     return manifest
@@ -92,7 +94,7 @@ def _read_pieces(
         shard = read_shard(path)
         if shard is None:
             raise SurveyError(f"{path} is damaged or missing; run the same zoobot-hf predict again, which mends it.")
-        piece = shard.table
+        piece = shard.table.to_pandas()
         if table != "predictions":
             piece = (friendly_table if table == "friendly" else advanced_table)(piece, config)
         yield piece if joined is None else _join(piece, joined)
@@ -146,7 +148,18 @@ def _write_with_astropy(whole: pd.DataFrame, path: Path, facts: dict[str, str], 
             table[name].unit = units.dimensionless_unscaled
     if file_format == "fits":
         table.write(path, format="fits", overwrite=True)
+        _write_comments(path, table)
         return
     document = votable.from_table(table)
+    # What `Table.read` keeps of the whole table is its description alone.
+    document.get_first_table().description = f"Predictions of the model {facts['MODEL'] or 'without a name'}"
     document.get_first_table().infos.extend(Info(name=name, value=value) for name, value in facts.items())
     votable.writeto(document, str(path))
+
+
+def _write_comments(path: Path, table: Table) -> None:
+    """Writes the descriptions to TCOMMn as well, where TOPCAT reads them; astropy's own place is known to it alone."""
+    with fits.open(path, mode="update") as extensions:
+        for number, name in enumerate(table.colnames, start=1):
+            if table[name].description:
+                extensions[1].header[f"TCOMM{number}"] = table[name].description

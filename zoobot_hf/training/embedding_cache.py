@@ -27,7 +27,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zoobot_hf.data.images import UnreadableImageError, open_image, read_ahead
@@ -228,6 +228,19 @@ def clear_cache(folder: str | Path | None = None) -> int:
     return sum(file.size for file in files)
 
 
+def hash_weights(module: nn.Module) -> str:
+    """A hash of every parameter and buffer: names, types, shapes and values, to the last bit.
+
+    Args:
+        module: A model or a part of one, on any device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class StoredEmbeddings(torch.utils.data.Dataset[dict[str, Any]]):
     """Embeddings and labels to train a head on: an example for each galaxy and view, galaxy by galaxy.
 
@@ -298,7 +311,7 @@ def _hash_facts(
         "format": FORMAT,
         "encoder": config.encoder_config.to_dict(),
         "pooling": config.pooling,
-        "weights": _hash_weights(model),
+        "weights": hash_weights(model.base_model.encoder),
         "processor": processor.to_dict(),
         "views": repr(views),
         "images": images,
@@ -307,14 +320,6 @@ def _hash_facts(
         "versions": {library: version(library) for library in LIBRARIES},
     }
     return _hash_text(json.dumps(facts, sort_keys=True, default=str))
-
-
-def _hash_weights(model: ZoobotPreTrainedModel) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.base_model.encoder.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _hash_text(*texts: str) -> str:

@@ -1,0 +1,67 @@
+"""`zoobot-hf embed`: the encoder's embeddings of a catalog or a folder of images."""
+
+import argparse
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..models.conversion import image_processor_for
+from ..models.modeling_zoobot import ZoobotModel
+from ..prediction.embeddings import embed_survey
+from ..training.embedding_cache import DTYPES
+from .inputs import choose_device
+from .messages import complain
+from .options import add_batches, add_device, add_image_processing, add_survey
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or Hub id of an encoder or a finetuned model")
+    parser.add_argument(
+        "--images",
+        required=True,
+        help="catalog, folder with a catalog or images, or a pattern for many catalogs, in quotes",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="a folder; the same command goes on with a run that was stopped"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="float16", help="type of the numbers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pca",
+        type=_dimensions_or_path,
+        help="reduce them to so many dimensions, or by the PCA of an earlier output folder; not for predict",
+    )
+    add_image_processing(parser)
+    add_batches(parser)
+    add_survey(parser)
+    add_device(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    device = choose_device(options.device)
+    processor = image_processor_for(options.model, normalization=options.normalization, zoom=options.zoom)
+    done = embed_survey(
+        ZoobotModel.from_pretrained(options.model),
+        processor,
+        options.images,
+        options.output,
+        model_name=options.model,
+        dtype=options.dtype,
+        pca=options.pca,
+        batch_size=options.batch_size,
+        device=device,
+        torch_compile=options.torch_compile,
+        retry_failures=options.retry_failures,
+        max_failures=options.max_failures,
+    )
+    if PartialState().is_main_process:
+        print(f"{done.galaxies - done.failures} galaxies: {done.folder / 'embeddings'}")
+        if done.failures:
+            path = done.folder / "failures.parquet"
+            complain(f"{done.failures} of {done.galaxies} galaxies can't be embedded; their reasons: {path}")
+    return 1 if done.failures else 0
+
+
+def _dimensions_or_path(text: str) -> int | Path:
+    return int(text) if text.lstrip("-").isdigit() else Path(text)
