@@ -116,6 +116,12 @@ def test_early_stopping_ends_the_stage(layer_norm_model, galaxies, processor, tm
     assert trainer.state.epoch < 50
 
 
+def test_many_embeddings_are_taken_in_larger_batches(layer_norm_model, galaxies, processor, tmp_path):
+    arguments = frozen_arguments(tmp_path, embedding_steps=3)  # 24 galaxies, two views each
+    trainer = train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    assert (trainer.state.max_steps, trainer.state.train_batch_size) == (2 * 3, 16)
+
+
 def test_evaluation_sees_the_plain_centre_without_augmentation(layer_norm_model, galaxies, processor, tmp_path):
     trainer = FrozenStageTrainer(
         layer_norm_model, frozen_arguments(tmp_path), processing_class=processor, eval_dataset=galaxies
@@ -201,7 +207,11 @@ def test_a_dataset_without_labels_is_refused(layer_norm_model, galaxies, process
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"zoom_range": 1.0}, "zoom_range is 1.0"), ({"max_shift": -0.1}, "max_shift is -0.1")],
+    [
+        ({"zoom_range": 1.0}, "zoom_range is 1.0"),
+        ({"max_shift": -0.1}, "max_shift is -0.1"),
+        ({"embedding_steps": 0}, "embedding_steps is 0"),
+    ],
 )
 def test_arguments_out_of_range_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):

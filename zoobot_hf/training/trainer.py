@@ -1,6 +1,7 @@
 """The two stages as Trainer subclasses."""
 
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,7 @@ class FrozenStageTrainer(_StageTrainer):
             return super().train(*args, **kwargs)
         images = self.train_dataset
         embeddings = self._embeddings(images, views=self._views())
+        self._enlarge_batches(len(embeddings))
         # Without validation nothing could choose between heads.
         grid_settings = GRID_OF_VOTES if isinstance(self.classifier, ZoobotForGalaxyZoo) else GRID
         self.grid_settings = grid_settings if self.eval_dataset is not None else ((1.0, 1.0),)
@@ -321,6 +323,13 @@ class FrozenStageTrainer(_StageTrainer):
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(groups, **settings)
         return super().create_optimizer(model) if self.optimizer is None else self.optimizer
+
+    def _enlarge_batches(self, count: int) -> None:
+        needed = math.ceil(count / (self.args.embedding_steps * self.args.world_size))
+        if needed > self.args.per_device_train_batch_size:
+            logger.info("%d embeddings an epoch are taken in batches of %d.", count, needed)
+            self.args.per_device_train_batch_size = needed
+            self._train_batch_size = self.args.train_batch_size
 
     def _views(self) -> Views | None:
         arguments = self.args
