@@ -67,7 +67,9 @@ class HeadGrid(nn.Module):
                 return ModelOutput(loss=loss, logits=logits)
             return ModelOutput(loss=loss, concentrations=self._concentrations(logits))
         assert labels is not None
-        logits = torch.stack([head(inputs) for head in self.heads])
+        # One mask for all heads: on a CPU drawing it costs more than the heads do.
+        kept = next(self.heads[0].children())(inputs)
+        logits = torch.stack([_after_dropout(head, kept) for head in self.heads])
         repeated = labels.repeat(len(self.heads), *[1] * (labels.ndim - 1))
         mean_loss = self._loss(logits.flatten(0, 1), repeated, training=True)
         # The value that is logged is the mean over the heads; the gradient is that of their sum.
@@ -128,6 +130,13 @@ def _measure_spread(embeddings: StoredEmbeddings) -> tuple[Tensor, Tensor]:
     spread = (squares / count - mean.square()).clamp(min=0).sqrt()
     smallest = SMALLEST_SPREAD * (squares / count).mean().sqrt()
     return mean.float(), torch.where(spread > smallest, spread, 1.0).float()
+
+
+def _after_dropout(head: nn.Module, inputs: Tensor) -> Tensor:
+    _, *layers = head.children()
+    for layer in layers:
+        inputs = layer(inputs)
+    return inputs
 
 
 def _first_linear(head: nn.Module) -> nn.Linear:
