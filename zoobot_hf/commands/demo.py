@@ -6,11 +6,8 @@ from pathlib import Path
 from transformers import set_seed
 
 from ..data.rings import load_rings
-from ..models.configuration_zoobot import small_encoder_config
-from ..models.conversion import DEFAULT_ZOOM
-from ..models.image_processing_zoobot import ZoobotImageProcessor
+from ..models.conversion import EMBEDDED_ENCODER, image_processor_for
 from ..models.modeling_zoobot import ZoobotForImageClassification
-from ..training.arguments import unfrozen_arguments_from_scratch
 from ..training.finetuning import finetune
 from .finetune import print_report
 from .inputs import choose_device, stage_arguments
@@ -18,7 +15,7 @@ from .options import add_device, add_seed
 
 DEMO_GALAXIES = 1500
 DRAWN_PIXELS = 128
-DEMO_PIXELS = 96
+DEMO_UNFROZEN_EPOCHS = 5
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,15 +28,13 @@ def run(options: argparse.Namespace) -> int:
     choose_device(options.device)
     set_seed(options.seed)
     dataset = load_rings("simulated", seed=options.seed, count=DEMO_GALAXIES, size=DRAWN_PIXELS)
-    # Until a trained encoder comes with the package, the demo's is new, and the unfrozen stage trains it from scratch.
-    model = ZoobotForImageClassification(small_encoder_config(dataset["train"].features["label"].names))
-    processor = ZoobotImageProcessor(DEMO_PIXELS, zoom=DEFAULT_ZOOM)
-    frozen, _ = stage_arguments(options)
-    frozen.num_train_epochs = 5
-    unfrozen = unfrozen_arguments_from_scratch(seed=options.seed, use_cpu=options.device == "cpu")
+    names = dataset["train"].features["label"].names
+    model = ZoobotForImageClassification.from_pretrained(EMBEDDED_ENCODER, label_names=names)
+    frozen, unfrozen = stage_arguments(options)
+    unfrozen.num_train_epochs = DEMO_UNFROZEN_EPOCHS
     finetuned = finetune(
         model,
-        processor,
+        image_processor_for(EMBEDDED_ENCODER),
         dataset,
         options.output_dir,
         frozen=frozen,

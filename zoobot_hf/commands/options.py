@@ -4,7 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 
-from ..models.conversion import DEFAULT_ZOOM, NORMALIZATIONS
+from ..models.conversion import DEFAULT_ZOOM, EMBEDDED_ENCODER, NORMALIZATIONS
 
 LABEL_COLUMN = "label"
 # numpy, which seeds the splits and the augmentation, takes no more.
@@ -40,7 +40,12 @@ def share(text: str) -> tuple[str, float]:
 
 
 def add_encoder_and_dataset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoder", required=True, help="folder or Hub id of an encoder or a finetuned model")
+    parser.add_argument(
+        "--encoder",
+        default=EMBEDDED_ENCODER,
+        help="folder or Hub id of an encoder or a finetuned model (default: the package's own small one, which has "
+        "seen drawn galaxies alone)",
+    )
     parser.add_argument("--dataset", required=True, help="catalog, folder, Hub id, or 'simulated' for drawn galaxies")
     parser.add_argument("--label_column", help=f"column with the labels (default: {LABEL_COLUMN})")
     parser.add_argument("--configuration", help="configuration of a Hub dataset")
