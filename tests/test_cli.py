@@ -217,7 +217,18 @@ def test_folds_judge_every_galaxy_before_the_finetuning(galaxy_folder, encoder_f
     table = pd.read_parquet(tmp_path / "out-folds" / "out_of_fold.parquet")
     assert sorted(table["id_str"]) == sorted(read_catalog(galaxy_folder / "catalog.csv")["id_str"])
     assert (tmp_path / "out-folds" / "label_audit.png").is_file()
-    assert (tmp_path / "out" / "metrics.json").is_file()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["out_of_fold"]["galaxies"] == 40
+    assert "models of folds" in outcome.output
+    assert pd.read_parquet(tmp_path / "out" / "predictions.parquet").equals(table)
+
+
+def test_what_a_run_with_folds_can_not_do_is_refused_before_them(galaxy_folder, encoder_folder, tmp_path, refused):
+    options = finetune_options(galaxy_folder, encoder_folder, tmp_path / "out", folds=2)
+    assert "test_fraction is for a model that is tested" in refused(*options, "--test_fraction", 0.3)
+    assert "give the purity to be reached" in refused(*options, "--decision_aim", "purity")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    assert "holds files that are not a run's" in refused(*options)
 
 
 def test_more_folds_than_galaxies_of_a_class_are_refused(galaxy_folder, encoder_folder, tmp_path, refused):

@@ -4,7 +4,7 @@ from scipy.special import softmax
 from sklearn.metrics import log_loss, roc_auc_score
 
 from zoobot_hf import ZoobotConfig
-from zoobot_hf.evaluation.judgement import judge, prevalence_of
+from zoobot_hf.evaluation.judgement import judge, judge_out_of_fold, prevalence_of
 
 TWO = {0: "not ring", 1: "ring"}
 
@@ -50,6 +50,25 @@ def test_the_temperature_is_found_and_probabilities_are_for_the_sky(balanced):
     np.testing.assert_allclose(judgement.probabilities, expected, atol=1e-5)
     assert judgement.fields["predictions_for"] == "sky"
     assert balanced.predictions_for == "training"  # nothing happens to the configuration itself
+
+
+def test_the_threshold_is_measured_out_of_fold_on_galaxies_that_did_not_choose_it(balanced):
+    validation, everything = draw(1000, seed=1), draw(3000, seed=2)
+    given = softmax(everything[0] / 2.5 + np.log([0.95 / 0.5, 0.05 / 0.5]), axis=1)
+    is_validation = np.arange(3000) < 1000
+    options = {"validation_logits": validation[0], "validation_labels": validation[1]}
+    judgement = judge_out_of_fold(
+        balanced, probabilities=given, labels=everything[1], is_validation=is_validation, **options
+    )
+    selected, is_ring = given[1000:, 1] >= judgement.selections["ring"].threshold, everything[1][1000:] == 1
+    found, false = selected[is_ring].mean(), selected[~is_ring].mean()
+    assert judgement.selections["ring"].completeness.value == pytest.approx(found)
+    assert judgement.selections["ring"].purity.value == pytest.approx(0.05 * found / (0.05 * found + 0.95 * false))
+    alone = judge(balanced, test_logits=everything[0], test_labels=everything[1], **options)
+    assert judgement.fields == alone.fields  # calibration and threshold are those of the model itself
+    assert judgement.scores[1].labels["ring"]["roc_auc"].value == pytest.approx(
+        roc_auc_score(everything[1], given[:, 1])
+    )
 
 
 def test_scores_are_for_the_galaxies_as_they_are_and_for_the_sky(balanced):

@@ -5,7 +5,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from zoobot_hf.evaluation.vote_metrics import CONFIDENT_MAJORITY, CONFIDENT_VOTES
-from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, address_model_card, render_model_card
+from zoobot_hf.publishing.model_card import (
+    ModelCardFacts,
+    OutOfFoldFacts,
+    StageFacts,
+    address_model_card,
+    render_model_card,
+)
 
 LEAST = {
     "model_name": "ring-finder",
@@ -112,6 +118,19 @@ def test_a_card_with_every_fact_has_every_section():
         assert line in text, line
     assert "confusion" not in text
     assert "nan" not in text
+
+
+def test_scores_out_of_fold_are_not_called_those_of_a_test_split():
+    facts = OutOfFoldFacts(
+        folds=5, galaxies=470, metrics={"accuracy": 0.8}, scores={"labelled": {"accuracy": (0.8, 0.7, 0.9)}}
+    )
+    text = render(out_of_fold=facts, stages=[StageFacts(name="frozen")], dataset_name="simulated")
+    assert "Out of fold: 470 galaxies" in text
+    assert "the models of the 5 folds" in text
+    assert "| | 5 folds |\n|---|---|\n| accuracy | 0.800 (0.700 to 0.900) |" in text
+    assert "test split" not in text
+    (result,) = ModelCard(text).data.eval_results
+    assert (result.dataset_split, result.metric_value) == ("out of fold", 0.8)
 
 
 def test_a_card_says_nothing_that_is_not_known():

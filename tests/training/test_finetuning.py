@@ -23,6 +23,7 @@ from zoobot_hf import (
     split_dataset,
 )
 from zoobot_hf.training import finetuning
+from zoobot_hf.training.cross_validation import cross_validate, split_for_final_model
 from zoobot_hf.training.trainer import FrozenStageTrainer, UnfrozenStageTrainer
 
 PROBABILITY_FIGURES = ("reliability", "completeness_and_purity", "roc")
@@ -250,6 +251,76 @@ def test_a_second_finetuning_forgets_the_calibration_of_the_first(run, hard_ring
         torch.nn.functional.cross_entropy(torch.tensor(raw), torch.tensor(hard_rings["validation"]["label"][:])).item(),
         abs=0.02,  # the validation galaxies' shares differ a little from the training split's
     )
+
+
+@pytest.fixture
+def all_galaxies(galaxy_folder):
+    return catalog_to_dataset(read_catalog(galaxy_folder / "catalog.csv"), label_column="ring")
+
+
+@pytest.fixture
+def out_of_fold(layer_norm_model, processor, all_galaxies):
+    return cross_validate(
+        layer_norm_model,
+        processor,
+        all_galaxies,
+        folds=4,
+        frozen=FrozenStageArguments(**SETTINGS),
+        skip_unfrozen=True,
+        sky_prevalence={"ring": 0.2},
+    )
+
+
+def test_a_model_without_a_test_split_reports_predictions_out_of_fold(run, all_galaxies, out_of_fold, tmp_path):
+    splits = split_for_final_model(out_of_fold, all_galaxies)
+    finetuned = run("out", dataset=splits, out_of_fold=out_of_fold)
+    assert finetuned.test_metrics == {}
+    assert [stage.test_outputs for stage in finetuned.stages] == [[], []]
+    table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    pd.testing.assert_frame_equal(table, out_of_fold.table)
+    assert len(table) == 40
+    assert finetuned.model.config.sky_prevalence == pytest.approx({"not ring": 0.8, "ring": 0.2})
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics) == {"frozen", "unfrozen", "kept_stage", "out_of_fold"}
+    assert "scores" not in metrics[finetuned.kept_stage]
+    measured = metrics["out_of_fold"]
+    assert (measured["galaxies"], measured["folds"]) == (40, 4)
+    assert measured["accuracy"] == pytest.approx(out_of_fold.accuracy.value)
+    assert measured["accuracy"] == finetuned.out_of_fold_metrics["accuracy"]
+    as_they_are, in_the_sky = measured["scores"]
+    for own, expected in ((as_they_are, out_of_fold.scores), (in_the_sky, out_of_fold.sky_scores)):
+        assert own["prevalence"] == pytest.approx(expected.prevalence)
+        low, high = (own["labels"]["ring"]["roc_auc"][end] for end in ("low", "high"))
+        assert (low, high) == pytest.approx(expected.labels["ring"]["roc_auc"][1:], abs=1e-6)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Out of fold: 40 galaxies, each judged by a model that was not trained on it." in card
+    assert "Each was trained on fewer galaxies than the model here" in card
+    assert "| | 4 folds |" in card
+    assert "test split" not in card
+    assert "test galaxies" not in card.replace("has no test galaxies of its own", "")
+
+
+def test_the_final_model_is_trained_on_all_galaxies_but_a_fold(all_galaxies, out_of_fold):
+    splits = split_for_final_model(out_of_fold, all_galaxies)
+    assert list(splits) == ["train", "validation"]
+    folds = out_of_fold.table.set_index("id_str")["fold"]
+    assert len(set(folds[splits["validation"]["id_str"][:]])) == 1
+    assert len(splits["validation"]) == 10
+    assert splits["validation"]["label"][:].count(1) == 5
+    assert sorted(splits["train"]["id_str"][:] + splits["validation"]["id_str"][:]) == sorted(all_galaxies["id_str"])
+
+
+def test_only_the_galaxies_that_were_judged_out_of_fold_are_taken(run, rings, all_galaxies, out_of_fold):
+    splits = split_for_final_model(out_of_fold, all_galaxies)
+    with pytest.raises(ValueError, match="40 galaxies in train, validation, test, and out_of_fold judges 40; give"):
+        run("out", dataset=rings, out_of_fold=out_of_fold)
+    fewer = type(rings)(train=splits["train"].select(range(20)), validation=splits["validation"])
+    with pytest.raises(ValueError, match="the dataset has 30 galaxies in train, validation, and out_of_fold judges 40"):
+        run("out", dataset=fewer, out_of_fold=out_of_fold)
+    with pytest.raises(ValueError, match=r"sky_prevalence is \{'ring': 0.1\}, and the predictions out of fold are for"):
+        run("out", dataset=splits, out_of_fold=out_of_fold, sky_prevalence={"ring": 0.1})
+    with pytest.raises(ValueError, match="the dataset's 39 galaxies are not the 40 of the result in their order"):
+        split_for_final_model(out_of_fold, all_galaxies.select(range(39)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import set_seed
 from ..data.balance import Strategy
 from ..data.dataset import split_dataset
 from ..data.decision_tree import DecisionTree, load_survey, load_tree
-from ..evaluation.selection import AIMS
+from ..evaluation.selection import AIMS, check_aim
 from ..models.configuration_zoobot import HEAD_TYPES
 from ..models.conversion import image_processor_for
 from ..models.image_processing_zoobot import ZoobotImageProcessor
@@ -19,11 +19,18 @@ from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from ..models.modeling_zoobot import ZoobotForImageClassification
 from ..publishing.hub import ADVANCED, FRIENDLY, PREDICTIONS, check_push, push_folder
 from ..training.arguments import FrozenStageArguments, UnfrozenStageArguments
-from ..training.cross_validation import CrossValidation, cross_validate, write_cross_validation
-from ..training.finetuning import Finetuned, finetune
+from ..training.cross_validation import (
+    CrossValidation,
+    cross_validate,
+    split_for_final_model,
+    write_cross_validation,
+)
+from ..training.finetuning import Finetuned, check_output, finetune
 from .inputs import choose_device, load_dataset, load_votes, stage_arguments
 from .options import add_device, add_encoder_and_dataset, add_seed, number, share
 
+FRACTIONS = ("validation_fraction", "test_fraction")
+FRACTION = 0.2
 SCORES_OF_LABELS = ("accuracy", "roc_auc", "completeness", "purity", "log_loss")
 COLUMNS_OF_VOTES = {
     "vote_accuracy": "accuracy",
@@ -43,12 +50,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "that answers another survey starts from the answers that both share",
     )
     parser.add_argument("--output_dir", required=True, type=Path, help="where model, card, table and figures go")
-    for split in ("validation", "test"):
+    for name in FRACTIONS:
+        split = name.removesuffix("_fraction")
         parser.add_argument(
-            f"--{split}_fraction",
+            f"--{name}",
             type=float,
-            default=0.2,
-            help=f"share of the galaxies in the {split} split, unless the dataset has one (default: %(default)s)",
+            help=f"share of the galaxies in the {split} split, unless the dataset has one (default: {FRACTION})",
         )
     parser.add_argument(
         "--sky_prevalence",
@@ -72,8 +79,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folds",
         type=number(int, 2),
-        help="judge every galaxy by a model that was not trained on it, in this many folds, before the finetuning; the "
-        "tables go to a folder beside output_dir",
+        help="judge every galaxy by a model that was not trained on it, in this many folds, and then train a model on "
+        "all of them but a fold for validation; its card has the scores of the folds, and their label audit goes to a "
+        "folder beside output_dir",
     )
     _add_training_options(parser)
     add_seed(parser)
@@ -110,20 +118,24 @@ def run(options: argparse.Namespace) -> int:
     tree = _choose_tree(options)
     if options.push_to_hub:
         check_push(options.push_to_hub)
-    fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
+    if options.folds is not None:
+        _check_before_folds(options)
     galaxies = load_dataset(options) if tree is None else load_votes(options, tree)
-    dataset = split_dataset(galaxies, seed=options.seed, **fractions)
+    dataset = _split(options, galaxies) if options.folds is None else None
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
     set_seed(options.seed)  # the new head's weights
-    model = _load_model(options, dataset, tree)
+    model = _load_model(options, galaxies, tree)
     frozen, unfrozen = stage_arguments(options)
     if options.frozen_epochs is not None:
         frozen.num_train_epochs = options.frozen_epochs
     if options.unfrozen_epochs is not None:
         unfrozen.num_train_epochs = options.unfrozen_epochs
     unfrozen.last_blocks = options.last_blocks
-    if options.folds is not None and isinstance(model, ZoobotForImageClassification):
-        _cross_validate(options, model, processor, galaxies, frozen, unfrozen)
+    out_of_fold = None
+    if dataset is None:
+        assert isinstance(model, ZoobotForImageClassification)  # with a survey, folds are refused
+        out_of_fold = _cross_validate(options, model, processor, galaxies, frozen, unfrozen)
+        dataset = split_for_final_model(out_of_fold, galaxies)
     finetuned = finetune(
         model,
         processor,
@@ -133,10 +145,11 @@ def run(options: argparse.Namespace) -> int:
         unfrozen=unfrozen,
         skip_unfrozen=options.unfrozen_epochs == 0,
         balance=options.balance,
+        out_of_fold=out_of_fold,
         resume=options.resume,
         overwrite=options.overwrite,
         dataset_name=Path(options.dataset).name if Path(options.dataset).exists() else options.dataset,
-        sky_prevalence=dict(options.sky_prevalence) if options.sky_prevalence else None,
+        sky_prevalence=_sky_prevalence(options) if out_of_fold is None else None,
         decision_aim=options.decision_aim,
         decision_at_least=options.decision_at_least,
         license_name=options.license,
@@ -158,14 +171,34 @@ def _choose_tree(options: argparse.Namespace) -> DecisionTree | None:
     return load_tree(options.survey) if options.survey.endswith(".json") else load_survey(options.survey)
 
 
+def _check_before_folds(options: argparse.Namespace) -> None:
+    """Refuses now what would be refused after the folds."""
+    for name in FRACTIONS:
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} is for a model that is tested on a split of its own; leave it out with folds.")
+    check_aim(options.decision_aim or "f1", options.decision_at_least)
+    check_output(options.output_dir, resume=options.resume, overwrite=options.overwrite)
+
+
+def _split(options: argparse.Namespace, galaxies: Dataset | DatasetDict) -> DatasetDict:
+    given = (getattr(options, name) for name in FRACTIONS)
+    validation, test = (FRACTION if fraction is None else fraction for fraction in given)
+    return split_dataset(galaxies, seed=options.seed, validation_fraction=validation, test_fraction=test)
+
+
+def _sky_prevalence(options: argparse.Namespace) -> dict[str, float] | None:
+    return dict(options.sky_prevalence) if options.sky_prevalence else None
+
+
 def _load_model(
-    options: argparse.Namespace, dataset: DatasetDict, tree: DecisionTree | None
+    options: argparse.Namespace, galaxies: Dataset | DatasetDict, tree: DecisionTree | None
 ) -> ZoobotForImageClassification | ZoobotForGalaxyZoo:
     if tree is not None:
         return ZoobotForGalaxyZoo.from_pretrained(
             options.encoder, decision_tree=tree.to_dict(), head_type=options.head_type
         )
-    names = dataset["train"].features["label"].names
+    split = next(iter(galaxies.values())) if isinstance(galaxies, DatasetDict) else galaxies
+    names = split.features["label"].names
     return ZoobotForImageClassification.from_pretrained(options.encoder, label_names=names, head_type=options.head_type)
 
 
@@ -176,7 +209,7 @@ def _cross_validate(
     galaxies: Dataset | DatasetDict,
     frozen: FrozenStageArguments,
     unfrozen: UnfrozenStageArguments,
-) -> None:
+) -> CrossValidation:
     result = cross_validate(
         model,
         processor,
@@ -186,12 +219,15 @@ def _cross_validate(
         unfrozen=unfrozen,
         skip_unfrozen=options.unfrozen_epochs == 0,
         balance=options.balance,
+        sky_prevalence=_sky_prevalence(options),
         seed=options.seed,
     )
     folder = options.output_dir.resolve().with_name(f"{options.output_dir.resolve().name}-folds")
-    paths = write_cross_validation(result, galaxies, folder)
-    _report_folds(result)
-    print("\n" + "\n".join(map(str, paths)))
+    if PartialState().is_main_process:
+        paths = write_cross_validation(result, galaxies, folder)
+        _report_folds(result)
+        print("\n" + "\n".join(map(str, paths)))
+    return result
 
 
 def _report_folds(result: CrossValidation) -> None:
@@ -207,11 +243,12 @@ def _report_folds(result: CrossValidation) -> None:
 def print_report(finetuned: Finetuned) -> None:
     answers_a_tree = isinstance(finetuned.model, ZoobotForGalaxyZoo)
     names = COLUMNS_OF_VOTES if answers_a_tree else {name: name.replace("_", " ") for name in SCORES_OF_LABELS}
-    print("\non the test split" + "".join(f"{words:>16}" for words in names.values()))
-    for stage in finetuned.stages:
-        kept = " (kept)" if stage.name == finetuned.kept_stage else ""
-        values = [finetuned.test_metrics[stage.name][name] for name in names]
-        print(f"{stage.name + kept:17}" + "".join(f"{value:16.3f}" for value in values))
+    out_of_fold, measured = finetuned.out_of_fold_metrics, finetuned.test_metrics
+    heading = "on the test split" if out_of_fold is None else "out of fold"
+    print(f"\n{heading:17}" + "".join(f"{words:>16}" for words in names.values()))
+    for stage, metrics in (measured if out_of_fold is None else {"models of folds": out_of_fold}).items():
+        kept = " (kept)" if stage == finetuned.kept_stage else ""
+        print(f"{stage + kept:17}" + "".join(f"{metrics[name]:16.3f}" for name in names))
     folder = finetuned.output_dir
     print(f"\nmodel    {folder}\ncard     {folder / 'README.md'}")
     tables = (folder / name for name in (PREDICTIONS, FRIENDLY, ADVANCED) if (folder / name).is_file())

@@ -1,11 +1,11 @@
 """What a trained head is worth: its calibration, its threshold and its scores.
 
-All of it comes from the head's own logits for galaxies that it was not trained on. The calibration and the threshold
-are fitted on validation galaxies, and the scores are those of test galaxies.
+All of it comes from galaxies that a head was not trained on. The calibration and the threshold are fitted on validation
+galaxies, and the scores are those of test galaxies, or of predictions out of fold.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,12 @@ import numpy.typing as npt
 import torch
 
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
-from zoobot_hf.models.heads import calibrate_logits, effective_training_prevalence, probabilities_from_logits
+from zoobot_hf.models.heads import (
+    calibrate_logits,
+    effective_training_prevalence,
+    prevalence_shift,
+    probabilities_from_logits,
+)
 
 from .calibration import Calibration, fit_calibration, probabilities_at_prevalence
 from .metrics import SINGLE_LABEL
@@ -23,6 +28,7 @@ from .selection import Selection, choose_threshold, measure_selection
 
 Floats = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[Any]
+Booleans = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,11 @@ class Judgement:
     Attributes:
         fields: What the model's configuration gets, so that the model gives calibrated probabilities for the sky.
         calibration: None where the validation galaxies don't allow one.
-        probabilities: Of the test galaxies, as the model then gives them, (n, labels).
-        probabilities_as_labelled: The same for galaxies with the test galaxies' own prevalence.
-        scores: Of the test galaxies as they are and, where the sky's prevalence is known, as expected in the sky.
-        selections: What the threshold of each label selects among the test galaxies, at the sky's prevalence.
+        probabilities: Of the test galaxies, as the model then gives them, (n, labels); or out of fold, of all galaxies.
+        probabilities_as_labelled: The same for galaxies with these galaxies' own prevalence.
+        scores: Of these galaxies as they are and, where the sky's prevalence is known, as expected in the sky.
+        selections: What the threshold of each label selects among them, at the sky's prevalence; out of fold, among
+            those outside the validation split.
         remarks: What could not be done and why, a sentence each.
     """
 
@@ -79,7 +86,44 @@ def judge(
     judge = _Judge(copy.deepcopy(config))
     calibration = judge.calibrate(np.asarray(validation_logits), np.asarray(validation_labels))
     judge.choose_thresholds(np.asarray(validation_logits), np.asarray(validation_labels), aim, at_least)
-    return judge.measure(np.asarray(test_logits), np.asarray(test_labels), calibration)
+    return judge.measure(judge.probabilities(np.asarray(test_logits)), np.asarray(test_labels), calibration)
+
+
+def judge_out_of_fold(
+    config: ZoobotConfig,
+    *,
+    validation_logits: npt.ArrayLike,
+    validation_labels: npt.ArrayLike,
+    probabilities: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    is_validation: npt.ArrayLike,
+    aim: str = "f1",
+    at_least: float | None = None,
+) -> Judgement:
+    """The calibration and the threshold of a trained head, and the scores of models of folds in its place.
+
+    The threshold is the head's own, chosen on its validation galaxies. What it selects is measured on the predictions
+    out of fold of the other galaxies, which had no part in the choice.
+
+    Args:
+        config: The model's configuration, with both prevalences; its calibration is not looked at.
+        validation_logits: As in `judge`.
+        validation_labels: As in `judge`.
+        probabilities: Of all galaxies, each from a model that was not trained on it, calibrated and for the sky's
+            prevalence, 0-1, (n, labels).
+        labels: Of the same galaxies, class numbers (n,).
+        is_validation: Whether each of them is in the validation split, (n,).
+        aim: As in `judge`.
+        at_least: As in `judge`.
+
+    Raises:
+        ValueError: As in `judge`.
+    """
+    judge = _Judge(copy.deepcopy(config))
+    calibration = judge.calibrate(np.asarray(validation_logits), np.asarray(validation_labels))
+    judge.choose_thresholds(np.asarray(validation_logits), np.asarray(validation_labels), aim, at_least)
+    given = np.asarray(probabilities, dtype=np.float64)
+    return judge.measure(given, np.asarray(labels), calibration, is_selectable=~np.asarray(is_validation, dtype=bool))
 
 
 class _Judge:
@@ -134,8 +178,15 @@ class _Judge:
                 self.config.decision_aim = selection.aim
         self.config.decision_threshold = thresholds or None
 
-    def measure(self, logits: Floats, labels: Labels, calibration: Calibration | None) -> Judgement:
-        given = self.probabilities(logits)
+    def measure(
+        self,
+        given: Floats,
+        labels: Labels,
+        calibration: Calibration | None,
+        *,
+        is_selectable: Booleans | None = None,
+    ) -> Judgement:
+        selectable = slice(None) if is_selectable is None else is_selectable
         as_labelled = self._as_labelled(given, labels)
         names = ("calibration_temperature", "calibration_shift", "predictions_for", "decision_threshold")
         return Judgement(
@@ -147,7 +198,7 @@ class _Judge:
                 *self._score(as_labelled, labels, None),
                 *(self._score(given, labels, self.sky) if self.sky else []),
             ],
-            selections=self._measure_selections(given, labels),
+            selections=self._measure_selections(given[selectable], labels[selectable]),
             remarks=self.remarks,
         )
 
@@ -206,6 +257,28 @@ def prevalence_of(labels: npt.ArrayLike, problem_type: str, *, count: int) -> li
     if problem_type == SINGLE_LABEL:
         return (np.bincount(values.astype(np.int64), minlength=count) / max(len(values), 1)).tolist()
     return np.nanmean(values, axis=0).tolist()
+
+
+def check_prevalence(given: Mapping[str, float], config: ZoobotConfig) -> dict[str, float]:
+    """The shares of all labels; of the labels of which a galaxy has one, one may be left out and is the rest.
+
+    Args:
+        given: The share of each label in the sky, by its name, above 0.
+        config: The configuration of the model that has the labels.
+
+    Raises:
+        ValueError: Shares for other labels, out of range, or, where a galaxy has one label, not adding up to 1.
+    """
+    shares, names = dict(given), config.label_names
+    left_out = [name for name in names if name not in shares]
+    if config.problem_type == SINGLE_LABEL and len(left_out) == 1:
+        shares[left_out[0]] = 1 - sum(shares.values())
+    if set(shares) != set(names):
+        raise ValueError(f"sky_prevalence has shares for {', '.join(given)}; give one for each of {', '.join(names)}.")
+    prevalence_shift(
+        [shares[name] for name in names], [shares[name] for name in names], problem_type=config.problem_type
+    )
+    return {name: float(shares[name]) for name in names}
 
 
 def truth_of_label(labels: npt.ArrayLike, number: int, problem_type: str) -> tuple[Labels, Labels]:

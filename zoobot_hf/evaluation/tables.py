@@ -26,13 +26,22 @@ def prediction_table(
     """
     values = np.asarray(predictions, dtype=np.float32)
     prefix = "predicted" if problem_type == "regression" else "probability"
-    names = [f"{prefix}_{name}" for name in _column_names(label_names)]
+    names = _column_names(label_names, prefix=prefix)
     table = pd.DataFrame({"id_str": list(identifiers), **{name: values[:, i] for i, name in enumerate(names)}})
     if problem_type == "single_label_classification":
         table.insert(1, "predicted_label", [label_names[index] for index in values.argmax(axis=1)])
     return table
 
 
-def _column_names(label_names: Sequence[str]) -> list[str]:
-    names = [re.sub(r"[^0-9A-Za-z_]", "_", name) for name in label_names]
+def probability_columns(label_names: Sequence[str]) -> list[str]:
+    """The columns of a prediction table that hold probabilities, in the order of the labels.
+
+    Args:
+        label_names: As in `prediction_table`.
+    """
+    return _column_names(label_names, prefix="probability")
+
+
+def _column_names(label_names: Sequence[str], *, prefix: str) -> list[str]:
+    names = [f"{prefix}_{re.sub(r'[^0-9A-Za-z_]', '_', name)}" for name in label_names]
     return [f"{name}_{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]

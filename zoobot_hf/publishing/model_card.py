@@ -54,6 +54,23 @@ class StageFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutOfFoldFacts:
+    """What models of folds, each trained without the galaxies that it judges, reached in place of the model itself.
+
+    Args:
+        folds: How many.
+        galaxies: How many galaxies they judged, each once.
+        metrics: As in `StageFacts`.
+        scores: As in `StageFacts`.
+    """
+
+    folds: int
+    galaxies: int
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, tuple[float, float, float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCardFacts:
     """Everything that a model card says. What is left out is not on the card.
 
@@ -66,6 +83,7 @@ class ModelCardFacts:
         image_size: Width and height that the processor makes of every image, in pixels.
         stages: The stages that were run, in their order.
         kept_stage: The stage whose model is published.
+        out_of_fold: What models of folds reached, where there is no test split; the stages then have no scores.
         decision_tree: For votes the survey's questions as plain values, as a model's configuration holds them.
         questions: By the question's name, how many test galaxies were `asked` and what the published model's metrics
             are on them.
@@ -106,6 +124,7 @@ class ModelCardFacts:
     image_size: int
     stages: Sequence[StageFacts]
     kept_stage: str | None = None
+    out_of_fold: OutOfFoldFacts | None = None
     decision_tree: Mapping[str, Any] | None = None
     questions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     confidence: float = 0.9
@@ -152,7 +171,8 @@ def render_model_card(facts: ModelCardFacts) -> str:
     """
     template = _environment().get_template(TEMPLATE)
     kind, outputs = KINDS[facts.problem_type]
-    scored_stages = [stage for stage in facts.stages if _numbers(stage.metrics)]
+    measured = _measured(facts)
+    scored = {heading: each for heading, each in measured.items() if _numbers(each.metrics)}
     text = template.render(
         facts=facts,
         metadata=_metadata(facts).to_yaml(),
@@ -161,9 +181,10 @@ def render_model_card(facts: ModelCardFacts) -> str:
         encoder=_name_to_show(facts.encoder, facts.base_model),
         dataset=_dataset_to_show(facts),
         repository=facts.repo_id or _local_address(facts.model_name),
-        scored_stages=scored_stages,
-        metrics=list(dict.fromkeys(name for stage in scored_stages for name in _numbers(stage.metrics))),
-        populations=_populations(facts),
+        measured=measured,
+        scored=scored,
+        metrics=list(dict.fromkeys(name for each in scored.values() for name in _numbers(each.metrics))),
+        populations=_populations(list(measured.values())),
         temperature=_temperature_to_show(facts.temperature),
         test_count=sum(facts.counts.get("test", {}).values()),
         counted=_counted_labels(facts),
@@ -241,7 +262,11 @@ def _metadata(facts: ModelCardFacts) -> ModelCardData:
 
 def _evaluation_results(facts: ModelCardFacts) -> list[EvalResult]:
     dataset = _dataset_to_show(facts)
-    published = [stage for stage in facts.stages if stage.name == facts.kept_stage or len(facts.stages) == 1]
+    published: list[StageFacts | OutOfFoldFacts] = [
+        stage for stage in facts.stages if stage.name == facts.kept_stage or len(facts.stages) == 1
+    ]
+    if facts.out_of_fold is not None:
+        published = [facts.out_of_fold]
     if dataset is None or not published:  # the Hub wants a dataset beside each value
         return []
     return [
@@ -249,7 +274,7 @@ def _evaluation_results(facts: ModelCardFacts) -> list[EvalResult]:
             task_type="image-classification",
             dataset_type=facts.dataset_ids[0] if facts.dataset_ids else dataset,
             dataset_name=dataset,
-            dataset_split="test",
+            dataset_split="test" if facts.out_of_fold is None else "out of fold",
             metric_type=HUB_METRIC_TYPES.get(name, name),
             metric_name=name,
             metric_value=value,
@@ -295,14 +320,19 @@ def _time_to_show(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _populations(facts: ModelCardFacts) -> dict[str, dict[str, list[Any]]]:
-    """For each population and score one estimate for each stage."""
+def _measured(facts: ModelCardFacts) -> Mapping[str, StageFacts | OutOfFoldFacts]:
+    """By the heading of its column, everything that has scores of its own."""
+    if facts.out_of_fold is not None:
+        return {f"{facts.out_of_fold.folds} folds": facts.out_of_fold}
+    return {f"{stage.name} stage": stage for stage in facts.stages}
+
+
+def _populations(measured: Sequence[StageFacts | OutOfFoldFacts]) -> dict[str, dict[str, list[Any]]]:
+    """For each population and score one estimate for each column."""
     tables: dict[str, dict[str, list[Any]]] = {}
-    for population in dict.fromkeys(words for stage in facts.stages for words in stage.scores):
-        names = dict.fromkeys(name for stage in facts.stages for name in stage.scores.get(population, {}))
-        tables[population] = {
-            name: [stage.scores.get(population, {}).get(name) for stage in facts.stages] for name in names
-        }
+    for population in dict.fromkeys(words for each in measured for words in each.scores):
+        names = dict.fromkeys(name for each in measured for name in each.scores.get(population, {}))
+        tables[population] = {name: [each.scores.get(population, {}).get(name) for each in measured] for name in names}
     return tables
 
 

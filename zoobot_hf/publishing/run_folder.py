@@ -32,7 +32,7 @@ class JudgedLabel(NamedTuple):
 
     Attributes:
         name: The label's.
-        as_labelled: Its probabilities for the prevalence of the test galaxies, 0-1, (n,).
+        as_labelled: Its probabilities for the prevalence of the judged galaxies, 0-1, (n,).
         probability: Its probabilities as the model gives them to a survey, 0-1, (n,).
         has_label: Whether each galaxy has it, (n,).
         selection: What its threshold selects of them.
@@ -113,12 +113,13 @@ def draw_figures(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     kept_stage: str,
     kept_epoch: float,
-    test_metrics: Mapping[str, Any],
+    metrics: Mapping[str, Any],
     label_names: Sequence[str],
     images: Sequence[Image.Image],
     judged: pd.DataFrame | None,
     judged_labels: Sequence[JudgedLabel] = (),
     judged_votes: JudgedVotes | None = None,
+    whose: str = "test galaxies",
 ) -> dict[str, str]:
     """The caption of each figure by its path relative to the folder, after drawing them.
 
@@ -127,12 +128,13 @@ def draw_figures(
         histories: `TrainerState.log_history` by stage.
         kept_stage: The stage whose weights were kept.
         kept_epoch: Their epoch, counted from the stage's start.
-        test_metrics: Of the kept weights, with `confusion` for a single label.
+        metrics: Of the judged galaxies, with `confusion` for a single label.
         label_names: In the order of the logits.
-        images: The test galaxies' images, in the table's order.
+        images: Of the judged galaxies, in the table's order.
         judged: As `plot_most_wrong` takes it; None for problems that have no single true label.
         judged_labels: The labels whose probabilities are drawn.
         judged_votes: The votes that are drawn; None for a model without a decision tree.
+        whose: The judged galaxies in words.
     """
     has_scores = any("eval_accuracy" in record for history in histories.values() for record in history)
     drawn = "Loss and scores" if has_scores else "Loss"
@@ -141,9 +143,9 @@ def draw_figures(
         histories, folder / FIGURES / "training_curves.png", kept_stage=kept_stage, kept_epoch=kept_epoch
     )
     if judged is not None:
-        captions[f"{FIGURES}/confusion.png"] = "True and predicted labels of the test galaxies."
-        plot_confusion(test_metrics["confusion"], label_names, folder / FIGURES / "confusion.png")
-        captions[f"{FIGURES}/most_wrong.png"] = "The test galaxies that the model got most wrong, the worst first."
+        captions[f"{FIGURES}/confusion.png"] = f"True and predicted labels of the {whose}."
+        plot_confusion(metrics["confusion"], label_names, folder / FIGURES / "confusion.png")
+        captions[f"{FIGURES}/most_wrong.png"] = f"The {whose} that were predicted most wrongly, the worst first."
         plot_most_wrong(images, judged, folder / FIGURES / "most_wrong.png")
     if judged_votes is not None:
         path = f"{FIGURES}/vote_fractions.png"
@@ -159,11 +161,12 @@ def draw_figures(
             f"expectations are right on average. Galaxies with at least {judged_votes.least_votes} votes on it."
         )
     for label in judged_labels:
-        captions |= _draw_probabilities(folder, label, ending=f"_{slug(label.name)}" if len(judged_labels) > 1 else "")
+        ending = f"_{slug(label.name)}" if len(judged_labels) > 1 else ""
+        captions |= _draw_probabilities(folder, label, ending=ending, whose=whose)
     return captions
 
 
-def _draw_probabilities(folder: Path, label: JudgedLabel, *, ending: str) -> dict[str, str]:
+def _draw_probabilities(folder: Path, label: JudgedLabel, *, ending: str, whose: str) -> dict[str, str]:
     reliability, selection, ranking = (
         f"{FIGURES}/{name}{ending}.png" for name in ("reliability", "completeness_and_purity", "roc")
     )
@@ -172,7 +175,7 @@ def _draw_probabilities(folder: Path, label: JudgedLabel, *, ending: str) -> dic
         label.has_label,
         folder / reliability,
         label=label.name,
-        population="test galaxies as they are",
+        population=f"{whose} as they are",
     )
     share = label.selection.prevalence
     plot_completeness_and_purity(
@@ -187,7 +190,7 @@ def _draw_probabilities(folder: Path, label: JudgedLabel, *, ending: str) -> dic
         label.probability, label.has_label, folder / ranking, label=label.name, prevalence=share
     )
     return {
-        reliability: f"Share of {label.name!r} found at each probability, among the test galaxies as they are.",
+        reliability: f"Share of {label.name!r} found at each probability, among the {whose} as they are.",
         selection: f"Completeness and purity of galaxies selected as {label.name!r}, where {share:.1%} are.",
         ranking: f"ROC, and purity against completeness where {share:.1%} are {label.name!r}.",
     }

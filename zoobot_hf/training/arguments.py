@@ -1,5 +1,6 @@
 """The arguments of the two stages: TrainingArguments with a few fields more and other defaults."""
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,21 @@ SHOWN_ARGUMENTS = (
     "augment",
     "views",
     "seed",
+)
+
+# Arguments that say where and how a run works, not what comes out of it.
+MACHINE_ARGUMENTS = (
+    "output_dir",
+    "logging_dir",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "use_cpu",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "hub_token",
+    "embedding_cache_dir",
 )
 
 
@@ -81,6 +97,12 @@ class _StageArguments(TrainingArguments):
         """The arguments that a reader of the model card wants to know, by name."""
         values = {name: getattr(self, name, None) for name in SHOWN_ARGUMENTS}
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The arguments that decide what comes out of a run, by name, as plain values."""
+        values = {name: value for name, value in self.to_dict().items() if name not in MACHINE_ARGUMENTS}
+        return dict(json.loads(json.dumps(values, default=str)))
 
     def _workers_for_images(self) -> int:
         return 0 if self.uses_embedding_cache else min(MOST_WORKERS, (os.cpu_count() or 1) - 1)

@@ -3,12 +3,16 @@
 Of a few hundred galaxies a test split has a few dozen, whose scores are noise. Here each fold is the test set once; a
 part of the others is its validation split, which chooses epoch and stage and to which the calibration is fitted, and
 the rest is trained on. The encoder runs once over all galaxies, for the frozen stage of every fold.
+
+A model for everybody is then trained on all galaxies but those of one fold, which are its validation split:
+`split_for_final_model` cuts them, and `finetune(..., out_of_fold=...)` reports the scores of the folds with it.
 """
 
 import copy
 import logging
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +28,13 @@ from zoobot_hf.data.balance import Strategy, balance_classes, measure_prevalence
 from zoobot_hf.data.catalog import write_catalog
 from zoobot_hf.evaluation.calibration import Calibration, fit_calibration, probabilities_at_prevalence
 from zoobot_hf.evaluation.intervals import Estimate, bootstrap_estimates
+from zoobot_hf.evaluation.judgement import check_prevalence
 from zoobot_hf.evaluation.label_audit import find_doubtful_labels, find_near_duplicates
 from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for_trainer
 from zoobot_hf.evaluation.plots import plot_galaxy_sheet
 from zoobot_hf.evaluation.probability_plots import plot_reliability, plot_roc_and_precision_recall
 from zoobot_hf.evaluation.scores import Scores, score_probabilities
-from zoobot_hf.evaluation.tables import prediction_table
+from zoobot_hf.evaluation.tables import prediction_table, probability_columns
 from zoobot_hf.models.heads import build_head, effective_training_prevalence
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
@@ -65,6 +70,7 @@ class CrossValidation(NamedTuple):
         temperatures: Of the calibration of each fold.
         doubtful: From `find_doubtful_labels`, at the training prevalence.
         duplicates: From `find_near_duplicates`, with the folds as splits.
+        sky_prevalence: The share of each label in the sky that the probabilities are for.
     """
 
     table: pd.DataFrame
@@ -75,6 +81,12 @@ class CrossValidation(NamedTuple):
     temperatures: list[float]
     doubtful: pd.DataFrame
     duplicates: pd.DataFrame
+    sky_prevalence: dict[str, float]
+
+    @property
+    def probabilities(self) -> Floats:
+        """Those of the table, after softmax, in its order: (galaxies, labels)."""
+        return self.table[probability_columns(list(self.sky_prevalence))].to_numpy(dtype=np.float64)
 
 
 class _Shared(NamedTuple):
@@ -123,6 +135,7 @@ def cross_validate(
     unfrozen: UnfrozenStageArguments | None = None,
     skip_unfrozen: bool = False,
     balance: Strategy | None = None,
+    sky_prevalence: Mapping[str, float] | None = None,
     seed: int = 42,
 ) -> CrossValidation:
     """Calibrated out-of-fold predictions of every galaxy, their scores with intervals, and an audit of the labels.
@@ -140,23 +153,26 @@ def cross_validate(
         unfrozen: Arguments of the unfrozen stage; likewise.
         skip_unfrozen: Whether to end each fold after the frozen stage.
         balance: Whether and how to balance the classes of each fold's training split.
+        sky_prevalence: The share of each label in the sky that the predictions are for, by its name, above 0; that of
+            these galaxies when absent.
         seed: Decides the folds and the new heads.
 
     Raises:
         ValueError: No `ClassLabel`, a class with fewer galaxies than folds (or than three), a galaxy that is there
-            twice, or labels that aren't the model's.
+            twice, labels that aren't the model's, or a prevalence that doesn't fit.
     """
     tune_memory_allocator()
     galaxies = _join(dataset)
     check_labels(galaxies, model)
     labels = check_classes(galaxies, folds=folds)
     check_classes(galaxies, folds=3)  # one each to train on, to validate with and to test
+    shares = measure_prevalence(galaxies) if sky_prevalence is None else check_prevalence(sky_prevalence, model.config)
+    sky = [shares[name] for name in model.config.label_names]
     frozen, unfrozen = frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
     shared = _embed(model, processor, galaxies, frozen)
     fold_of, duplicates, groups = _find_folds(galaxies, labels, shared, folds=folds, seed=seed)
     probabilities = np.empty((len(galaxies), len(model.config.label_names)))
     at_sky, rows, temperatures = np.empty_like(probabilities), [], []
-    sky = _prevalence(model.config.sky_prevalence or measure_prevalence(galaxies), model)
     for fold in range(folds):
         set_seed(seed + fold)
         splits = _split(galaxies, labels, fold_of, groups, fold=fold, seed=seed, balance=balance)
@@ -204,13 +220,43 @@ def write_cross_validation(
     write_json(folder / "out_of_fold.json", facts)
     plot_doubtful_labels(result.doubtful, galaxies, folder / "label_audit.png")
     names = galaxies.features["label"].names
-    columns = [name for name in result.table.columns if name.startswith("probability_")][: len(names)]
-    for name, column in list(zip(names, columns, strict=True))[-1 if len(names) == 2 else 0 :]:
+    columns = zip(names, probability_columns(names), strict=True)
+    for name, column in list(columns)[-1 if len(names) == 2 else 0 :]:
         has_label, end = result.table["label"] == name, "" if len(names) == 2 else column.removeprefix("probability")
         given = (result.table[column], has_label)
         plot_reliability(*given, folder / f"reliability{end}.png", label=name, population="Out of fold")
         plot_roc_and_precision_recall(*given, folder / f"roc{end}.png", label=name)
     return sorted(folder.iterdir())
+
+
+def split_for_final_model(result: CrossValidation, dataset: Dataset | DatasetDict) -> DatasetDict:
+    """One fold as `validation`, all other galaxies as `train`: what a model for everybody is trained on.
+
+    No galaxy is left for a test, since the folds have judged each. Near-duplicates stay in one split.
+
+    Args:
+        result: From `cross_validate`.
+        dataset: What it was given.
+
+    Returns:
+        `train` and `validation`; rows in the order of the dataset. Of the folds, the one with most galaxies of its
+        rarest class is for validation.
+
+    Raises:
+        ValueError: Other galaxies than those of the result.
+    """
+    galaxies = _join(dataset)
+    if galaxies["id_str"][:] != result.table["id_str"].tolist():
+        raise ValueError(
+            f"the dataset's {len(galaxies)} galaxies are not the {len(result.table)} of the result in their order; "
+            "give the dataset that cross_validate was given."
+        )
+    fold_of = result.table["fold"].to_numpy()
+    is_validation = fold_of == _fullest(fold_of, np.asarray(galaxies["label"][:]))
+    return DatasetDict(
+        train=galaxies.select(np.flatnonzero(~is_validation)),
+        validation=galaxies.select(np.flatnonzero(is_validation)),
+    )
 
 
 def plot_doubtful_labels(doubtful: pd.DataFrame, galaxies: Dataset, path: str | Path, *, count: int = AUDITED) -> None:
@@ -234,10 +280,6 @@ def plot_doubtful_labels(doubtful: pd.DataFrame, galaxies: Dataset, path: str | 
 
 def _join(dataset: Dataset | DatasetDict) -> Dataset:
     return concatenate_datasets(list(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
-
-
-def _prevalence(shares: dict[str, float], model: ZoobotForImageClassification) -> list[float]:
-    return [shares[name] for name in model.config.label_names]
 
 
 def _embed(
@@ -437,4 +479,5 @@ def _judge(
         temperatures,
         find_doubtful_labels(table["id_str"].tolist(), at_training, labels, label_names=names),
         duplicates,
+        dict(zip(names, sky, strict=True)),
     )

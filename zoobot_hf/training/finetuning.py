@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,42 +20,30 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zoobot_hf.data.balance import Strategy, balance_classes
 from zoobot_hf.data.images import check_images
-from zoobot_hf.evaluation.judgement import Judgement, judge, prevalence_of
+from zoobot_hf.evaluation.judgement import Judgement, check_prevalence, judge, judge_out_of_fold, prevalence_of
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.evaluation.selection import check_aim
 from zoobot_hf.evaluation.vote_metrics import vote_metrics_for_trainer
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
-from zoobot_hf.models.heads import prevalence_shift
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.publishing.hub import METRICS
 from zoobot_hf.publishing.run_folder import write_json
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
+from .cross_validation import CrossValidation
 from .head_grid import ModelWithHead
 from .machine import tune_memory_allocator
-from .run_report import StageResult, count_labels, test_metrics_of, write_run
+from .run_report import StageResult, count_labels, metrics_of, write_run
 from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, check_labels, read_labels
 
 logger = logging.getLogger(__name__)
 
 BEST_FOLDER = "best"
 RUN_FILE = "run.json"
+SPLITS = ("train", "validation", "test")
+SPLITS_OF_FINAL_MODEL = ("train", "validation")  # after every galaxy was judged out of fold
 # Problems without classes, and what the model's outputs are.
 WITHOUT_CLASSES = {"regression": "values", "votes": "the answers to a decision tree"}
-# Arguments that say where and how a run works, not what comes out of it.
-MACHINE_ARGUMENTS = (
-    "output_dir",
-    "logging_dir",
-    "report_to",
-    "run_name",
-    "disable_tqdm",
-    "use_cpu",
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "hub_token",
-    "embedding_cache_dir",
-)
 
 
 class Finetuned(NamedTuple):
@@ -67,8 +55,10 @@ class Finetuned(NamedTuple):
         kept_stage: Name of the stage with the lower validation loss.
         output_dir: The folder that is ready for the Hub.
         test_metrics: By stage, of the test galaxies as they are; of calibrated probabilities for their own prevalence.
-            Of a decision tree as `score_votes` has them.
-        judgements: By stage, calibration, threshold and scores with intervals; for classes alone.
+            Of a decision tree as `score_votes` has them. Empty where the galaxies were judged out of fold.
+        judgements: By stage, calibration, threshold and scores with intervals; for classes alone. Out of fold, of the
+            kept stage alone.
+        out_of_fold_metrics: Those of predictions out of fold in place of test metrics; None without them.
     """
 
     model: ModelWithHead
@@ -77,6 +67,7 @@ class Finetuned(NamedTuple):
     output_dir: Path
     test_metrics: dict[str, dict[str, Any]]
     judgements: dict[str, Judgement]
+    out_of_fold_metrics: dict[str, Any] | None = None
 
 
 def finetune(
@@ -89,6 +80,7 @@ def finetune(
     unfrozen: UnfrozenStageArguments | None = None,
     skip_unfrozen: bool = False,
     balance: Strategy | None = None,
+    out_of_fold: CrossValidation | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dataset_name: str | None = None,
@@ -104,13 +96,19 @@ def finetune(
     After that a temperature is fitted to the validation galaxies, a threshold is chosen on them, and the model gives
     probabilities for the sky's prevalence. What the validation galaxies don't allow is left out, and card and log say
     so. A model that answers a decision tree is trained on votes and gives concentrations, and none of this applies.
+
+    Of a few hundred galaxies a test split is too small to say much. With `out_of_fold` there is none: the model is
+    trained on all galaxies outside the validation split, and card, metrics and table are those of the predictions out
+    of fold. They say that these come from the models of the folds, which were trained on fewer galaxies than this one.
+
     Under `accelerate launch` the processes share the work, and the first one writes.
 
     Args:
         model: From `from_pretrained`, with the dataset's labels; a `ZoobotForGalaxyZoo` for votes. One that was trained
             on another survey starts from the answers that both surveys share: load it with the new `decision_tree`.
         processor: The image processor that suits the encoder.
-        dataset: With `train`, `validation` and `test`; each with `id_str`, `image` and `label`.
+        dataset: With `train`, `validation` and `test`; each with `id_str`, `image` and `label`. With `out_of_fold`,
+            what `split_for_final_model` gives.
         output_dir: Gets config.json, model.safetensors, preprocessor_config.json, README.md, metrics.json,
             predictions.parquet and figures/, and for a decision tree predictions-friendly.parquet and
             predictions-advanced.parquet. Checkpoints go to a folder beside it, `<output_dir>-checkpoints`.
@@ -119,6 +117,8 @@ def finetune(
         skip_unfrozen: Whether to end after the frozen stage.
         balance: Whether and how to balance the classes of the training split; the prevalence before is kept in the
             model's configuration as the sky's.
+        out_of_fold: What models that were trained in the same way said of these galaxies, from `cross_validate`; the
+            model is for the sky that its predictions are for.
         resume: Whether to go on with a run that was killed in this `output_dir`.
         overwrite: Whether to delete what an earlier run left in this `output_dir`.
         dataset_name: How the model card calls the dataset: a Hub id or a name.
@@ -137,23 +137,25 @@ def finetune(
         FileExistsError: The output folder holds a run, and neither `resume` nor `overwrite` was asked for.
         UnreadableImageError: Some images can't be read.
         ValueError: The dataset lacks a split, or its labels aren't the model's; a class without a training galaxy; a
-            prevalence or an aim that doesn't fit, or one of these, or balancing, where there are no classes; or the run
-            to resume had other data or arguments.
+            prevalence or an aim that doesn't fit, or one of these, or balancing, where there are no classes; galaxies
+            that are not those of `out_of_fold`, or a `sky_prevalence` beside it; or the run to resume had other data or
+            arguments.
     """
     tune_memory_allocator()
-    _check_splits(dataset)
+    _check_splits(dataset, needed=SPLITS if out_of_fold is None else SPLITS_OF_FINAL_MODEL)
+    if out_of_fold is not None:
+        sky_prevalence = _sky_of(out_of_fold, given=sky_prevalence)
+    judged = dataset["test"] if out_of_fold is None else _order_as_judged(dataset, out_of_fold)
     choices = {"balance": balance, "sky_prevalence": sky_prevalence}
     _check_classes_are_there(model, **choices, decision_aim=decision_aim, decision_at_least=decision_at_least)
     check_aim(decision_aim or "f1", decision_at_least)
-    output_dir = Path(output_dir)
-    # Resolved, because "." and ".." have no name that the checkpoints' folder could be called after.
-    work_dir = output_dir.resolve().with_name(f"{output_dir.resolve().name}-checkpoints")
+    output_dir, work_dir = Path(output_dir), _work_dir(output_dir)
     frozen, unfrozen = frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
     for split in dataset.values():
         check_labels(split, model)
     if not skip_unfrozen and unfrozen.last_blocks is not None:
         model.unfreeze_encoder(unfrozen.last_blocks)  # raises now what it would raise after the frozen stage
-    _check_output(output_dir, work_dir, resume=resume, overwrite=overwrite)
+    check_output(output_dir, resume=resume, overwrite=overwrite)
     check_images(concatenate_datasets([split.select_columns(["id_str", "image"]) for split in dataset.values()]))
     _claim_output(output_dir, work_dir, delete_first=overwrite)
     _check_same_run(work_dir, _fingerprint(model, processor, dataset, (frozen, unfrozen), balance))
@@ -172,19 +174,27 @@ def finetune(
         kept.name,
         ", ".join(f"{stage.name} {stage.validation_loss:.4f}" for stage in stages),
     )
-    judgements = _judge(model, stages, dataset, aim=decision_aim or "f1", at_least=decision_at_least)
+    aim, at_least = decision_aim or "f1", decision_at_least
+    if out_of_fold is None:
+        judgements = _judge(model, stages, dataset, aim=aim, at_least=at_least)
+    else:
+        own = _judge_out_of_fold(model, kept, dataset, judged, out_of_fold, aim=aim, at_least=at_least)
+        judgements = {kept.name: own}
     if kept.name in judgements:
         _take_calibration(model, judgements[kept.name])
-    test_metrics = {s.name: test_metrics_of(model, s, judgements.get(s.name), dataset["test"]) for s in stages}
+    measured = stages if out_of_fold is None else [kept]
+    metrics = {stage.name: metrics_of(model, stage, judgements.get(stage.name), judged) for stage in measured}
     if PartialState().is_main_process:
         write_run(
             output_dir,
             model,
             processor,
             dataset,
+            judged=judged,
+            out_of_fold=out_of_fold,
             stages=stages,
             judgements=judgements,
-            test_metrics=test_metrics,
+            metrics=metrics,
             kept_stage=kept.name,
             counts=counts,
             dataset_name=dataset_name,
@@ -192,7 +202,9 @@ def finetune(
             license_name=license_name,
         )
     PartialState().wait_for_everyone()
-    return Finetuned(model, stages, kept.name, output_dir, test_metrics, judgements)
+    if out_of_fold is not None:
+        return Finetuned(model, stages, kept.name, output_dir, {}, judgements, metrics[kept.name])
+    return Finetuned(model, stages, kept.name, output_dir, metrics, judgements)
 
 
 def _run_stage(
@@ -242,14 +254,14 @@ def _measure(
     name: str, trainer: FrozenStageTrainer | UnfrozenStageTrainer, dataset: DatasetDict, *, seconds: float
 ) -> StageResult:
     validation = trainer.predict(dataset["validation"], metric_key_prefix="validation")
-    test = trainer.predict(dataset["test"], metric_key_prefix="test")
+    test = trainer.predict(dataset["test"], metric_key_prefix="test").predictions if "test" in dataset else []
     return StageResult(
         name=name,
         history=trainer.state.log_history,
         kept_epoch=_best_epoch(trainer.state.log_history),
         validation_loss=float(validation.metrics["validation_loss"]),
         validation_outputs=np.asarray(validation.predictions, dtype=np.float64).tolist(),
-        test_outputs=np.asarray(test.predictions, dtype=np.float64).tolist(),
+        test_outputs=np.asarray(test, dtype=np.float64).tolist(),
         seconds=seconds,
         settings=trainer.args.shown,
     )
@@ -280,6 +292,28 @@ def _judge(
     }
 
 
+def _judge_out_of_fold(
+    model: ModelWithHead,
+    stage: StageResult,
+    dataset: DatasetDict,
+    judged: Dataset,
+    out_of_fold: CrossValidation,
+    *,
+    aim: str,
+    at_least: float | None,
+) -> Judgement:
+    return judge_out_of_fold(
+        model.config,
+        validation_logits=stage.validation_outputs,
+        validation_labels=dataset["validation"]["label"][:],
+        probabilities=out_of_fold.probabilities,
+        labels=judged["label"][:],
+        is_validation=np.isin(judged["id_str"][:], dataset["validation"]["id_str"][:]),
+        aim=aim,
+        at_least=at_least,
+    )
+
+
 def _take_calibration(model: ModelWithHead, judgement: Judgement) -> None:
     for name, value in judgement.fields.items():
         setattr(model.config, name, value)
@@ -295,13 +329,35 @@ def _take_calibration(model: ModelWithHead, judgement: Judgement) -> None:
         )
 
 
-def _check_splits(dataset: DatasetDict) -> None:
-    missing = [name for name in ("train", "validation", "test") if name not in dataset or len(dataset[name]) == 0]
+def _check_splits(dataset: DatasetDict, *, needed: Sequence[str]) -> None:
+    missing = [name for name in needed if name not in dataset or len(dataset[name]) == 0]
     if missing:
         raise ValueError(
             f"the dataset has no galaxies in {', '.join(missing)}; make the splits with split_dataset. Validation "
             "galaxies choose between the stages, calibrate and set the threshold; test galaxies measure."
         )
+
+
+def _sky_of(out_of_fold: CrossValidation, *, given: Mapping[str, float] | None) -> dict[str, float]:
+    if given is not None:
+        raise ValueError(
+            f"sky_prevalence is {dict(given)}, and the predictions out of fold are for a sky already; leave it out, "
+            "and give it to cross_validate."
+        )
+    return out_of_fold.sky_prevalence
+
+
+def _order_as_judged(dataset: DatasetDict, out_of_fold: CrossValidation) -> Dataset:
+    """The galaxies of all splits in the order of the table of predictions out of fold."""
+    galaxies = concatenate_datasets(list(dataset.values()))
+    identifiers, judged = galaxies["id_str"][:], out_of_fold.table["id_str"].tolist()
+    if set(dataset) != set(SPLITS_OF_FINAL_MODEL) or sorted(identifiers) != sorted(judged):
+        raise ValueError(
+            f"the dataset has {len(galaxies)} galaxies in {', '.join(dataset)}, and out_of_fold judges {len(judged)}; "
+            "give the same galaxies in train and validation, as split_for_final_model does."
+        )
+    rows = {identifier: row for row, identifier in enumerate(identifiers)}
+    return galaxies.select([rows[identifier] for identifier in judged])
 
 
 def _check_classes_are_there(model: ModelWithHead, **choices: object) -> None:
@@ -315,8 +371,19 @@ def _check_classes_are_there(model: ModelWithHead, **choices: object) -> None:
         )
 
 
-def _check_output(output_dir: Path, work_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuses an output folder whose files are not to be lost; changes nothing."""
+def check_output(output_dir: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuses an output folder whose files are not to be lost; changes nothing.
+
+    Args:
+        output_dir: As in `finetune`.
+        resume: As in `finetune`.
+        overwrite: As in `finetune`.
+
+    Raises:
+        FileExistsError: As in `finetune`.
+        NotADirectoryError: It is a file.
+    """
+    output_dir, work_dir = Path(output_dir), _work_dir(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise NotADirectoryError(f"output_dir is {output_dir}, which is a file; choose a folder.")
     is_finished = (output_dir / METRICS).is_file() and (output_dir / "config.json").is_file()
@@ -330,6 +397,12 @@ def _check_output(output_dir: Path, work_dir: Path, *, resume: bool, overwrite: 
             f"{output_dir} already holds a run; go on with it (resume=True, --resume), start anew and delete it "
             "(overwrite=True, --overwrite), or choose another output_dir."
         )
+
+
+def _work_dir(output_dir: str | Path) -> Path:
+    # Resolved, because "." and ".." have no name that the checkpoints' folder could be called after.
+    resolved = Path(output_dir).resolve()
+    return resolved.with_name(f"{resolved.name}-checkpoints")
 
 
 def _claim_output(output_dir: Path, work_dir: Path, *, delete_first: bool) -> None:
@@ -369,10 +442,7 @@ def _fingerprint(
     galaxies = {
         name: [dataset[name]["id_str"][:], known.tolist()] for name, known in labels.items() if known is not None
     }
-    settings = {
-        stage.__class__.__name__: {key: value for key, value in stage.to_dict().items() if key not in MACHINE_ARGUMENTS}
-        for stage in arguments
-    }
+    settings = {stage.__class__.__name__: stage.decisive for stage in arguments}
     return {
         "encoder": model.config.encoder_name,
         "head": [model.config.head_type, model.config.head_hidden_size, model.config.head_dropout],
@@ -381,7 +451,7 @@ def _fingerprint(
         "processor": processor.to_dict(),
         "dataset": hashlib.sha256(json.dumps(galaxies).encode()).hexdigest(),
         "balance": balance,
-        **json.loads(json.dumps(settings, default=str)),
+        **settings,
     }
 
 
@@ -404,7 +474,7 @@ def _with_prevalence(
     if balance is not None:
         train = balance_classes(train, seed=seed, strategy=balance).dataset
     config.training_prevalence = _prevalence_of_split(train, config)
-    config.sky_prevalence = measured if sky_prevalence is None else _checked_prevalence(sky_prevalence, config)
+    config.sky_prevalence = measured if sky_prevalence is None else check_prevalence(sky_prevalence, config)
     return DatasetDict({**dataset, "train": train})
 
 
@@ -418,21 +488,6 @@ def _prevalence_of_split(split: Dataset, config: ZoobotConfig) -> dict[str, floa
             "the label out."
         )
     return dict(zip(config.label_names, shares, strict=True))
-
-
-def _checked_prevalence(given: Mapping[str, float], config: ZoobotConfig) -> dict[str, float]:
-    """The shares of all labels; of the labels of which a galaxy has one, the last may be left out."""
-    shares, names = dict(given), config.label_names
-    left_out = [name for name in names if name not in shares]
-    is_single_label = config.problem_type == "single_label_classification"
-    if is_single_label and len(left_out) == 1:
-        shares[left_out[0]] = 1 - sum(shares.values())
-    if set(shares) != set(names):
-        raise ValueError(f"sky_prevalence has shares for {', '.join(given)}; give one for each of {', '.join(names)}.")
-    prevalence_shift(
-        [shares[name] for name in names], [shares[name] for name in names], problem_type=config.problem_type
-    )
-    return {name: float(shares[name]) for name in names}
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,17 @@ from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.publishing.hub import METRICS, MODEL_CARD, PREDICTIONS
-from zoobot_hf.publishing.model_card import ModelCardFacts, StageFacts, render_model_card
+from zoobot_hf.publishing.model_card import ModelCardFacts, OutOfFoldFacts, StageFacts, render_model_card
 from zoobot_hf.publishing.run_folder import JudgedLabel, JudgedVotes, draw_figures, save_model, write_json
 
+from .cross_validation import CrossValidation
 from .head_grid import ModelWithHead
 from .vote_report import judged_votes, read_observed_votes, remarks_on_votes, vote_tables
 
 logger = logging.getLogger(__name__)
 
+TEST_GALAXIES, GALAXIES_OUT_OF_FOLD = "test galaxies", "galaxies out of fold"
+OF_FOLDS = "of the {folds} folds, each trained on fewer galaxies than the model here"
 LIMITS = (
     "The scores are those of galaxies like the ones it was trained on. With images of another survey, other bands, "
     "depth or seeing, it was not measured.",
@@ -51,7 +54,7 @@ class StageResult:
         validation_loss: Of these weights.
         validation_outputs: (validation galaxies, labels), the head's own logits, before softmax; for a decision tree
             concentrations (validation galaxies, answers).
-        test_outputs: (test galaxies, labels), in the order of the test split, likewise.
+        test_outputs: (test galaxies, labels), in the order of the test split, likewise; empty without a test split.
         seconds: How long the stage took.
         settings: The arguments worth knowing, by name.
     """
@@ -72,25 +75,29 @@ def write_run(
     processor: ZoobotImageProcessor,
     dataset: DatasetDict,
     *,
+    judged: Dataset,
+    out_of_fold: CrossValidation | None,
     stages: list[StageResult],
     judgements: Mapping[str, Judgement],
-    test_metrics: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, Mapping[str, Any]],
     kept_stage: str,
     counts: Mapping[str, Mapping[str, int]],
     dataset_name: str | None,
     cuts: Mapping[str, int],
     license_name: str | None = None,
 ) -> None:
-    """Writes model, processor, card, metrics, tables of test predictions and figures.
+    """Writes model, processor, card, metrics, tables of predictions and figures.
 
     Args:
         folder: Made where it isn't there.
         model: With the kept stage's weights and calibration.
         processor: Its image processor.
-        dataset: With `train` and `test`.
+        dataset: The splits that it was trained on.
+        judged: The galaxies that the scores are of: the test split, or in the order of `out_of_fold` all galaxies.
+        out_of_fold: What models of folds said of them; None where the model itself predicted a test split.
         stages: What each gave, in their order.
-        judgements: By stage; for classes alone.
-        test_metrics: By stage, from `test_metrics_of`.
+        judgements: By stage; for classes alone. Out of fold, of the kept stage alone.
+        metrics: By stage, likewise, from `metrics_of`.
         kept_stage: The stage whose weights these are.
         counts: Galaxies by split and label, before balancing.
         dataset_name: As in `finetune`.
@@ -102,20 +109,22 @@ def write_run(
     judgement = judgements.get(kept_stage)
     encoder = config.encoder_name or config.encoder_config.model_type
     save_model(folder, model, processor)
-    for name, table in _test_tables(model, kept, dataset["test"], judgement).items():
+    tables = _test_tables(model, kept, judged, judgement) if out_of_fold is None else {PREDICTIONS: out_of_fold.table}
+    for name, table in tables.items():
         write_catalog(table, folder / name)
-    write_json(folder / METRICS, _metrics_file(stages, judgements, test_metrics, kept_stage))
+    write_json(folder / METRICS, _metrics_file(stages, judgements, metrics, kept_stage, out_of_fold))
     figures = draw_figures(
         folder,
         histories={stage.name: stage.history for stage in stages},
         kept_stage=kept.name,
         kept_epoch=kept.kept_epoch,
-        test_metrics=test_metrics[kept_stage],
+        metrics=metrics[kept_stage],
         label_names=config.label_names,
-        images=dataset["test"]["image"],
-        judged=_judged_table(model, judgement, dataset["test"]),
-        judged_labels=_judged_labels(model, judgement, dataset["test"]),
-        judged_votes=_judged_votes(model, kept, dataset["test"]),
+        images=judged["image"],
+        judged=_judged_table(model, judgement, judged),
+        judged_labels=_judged_labels(model, judgement, judged),
+        judged_votes=_judged_votes(model, kept, judged),
+        whose=TEST_GALAXIES if out_of_fold is None else GALAXIES_OUT_OF_FOLD,
     )
     facts = ModelCardFacts(
         model_name=folder.resolve().name,
@@ -127,18 +136,18 @@ def write_run(
         labels=config.label_names,
         problem_type=config.problem_type,
         decision_tree=config.decision_tree,
-        questions=test_metrics[kept_stage].get("questions", {}),
+        questions=metrics[kept_stage].get("questions", {}),
         image_size=processor.pixels,
-        stages=[
-            StageFacts(
-                name=stage.name,
-                hyperparameters=stage.settings,
-                metrics=test_metrics[stage.name],
-                scores=_scores_by_population(judgements.get(stage.name)),
-            )
-            for stage in stages
-        ],
+        stages=[_stage_facts(stage, judgements, metrics if out_of_fold is None else {}) for stage in stages],
         kept_stage=kept.name,
+        out_of_fold=None
+        if out_of_fold is None
+        else OutOfFoldFacts(
+            folds=out_of_fold.folds["fold"].nunique(),
+            galaxies=len(judged),
+            metrics=metrics[kept_stage],
+            scores=_scores_by_population(judgement, GALAXIES_OUT_OF_FOLD),
+        ),
         confidence=CONFIDENCE,
         temperature=config.calibration_temperature if judgement else None,
         predictions_for=config.predictions_for if judgement else None,
@@ -162,10 +171,10 @@ def write_run(
     (folder / MODEL_CARD).write_text(render_model_card(facts), encoding="utf-8")
 
 
-def test_metrics_of(
-    model: ModelWithHead, stage: StageResult, judgement: Judgement | None, test: Dataset
+def metrics_of(
+    model: ModelWithHead, stage: StageResult, judgement: Judgement | None, judged: Dataset
 ) -> dict[str, Any]:
-    """The metrics of a stage on the test galaxies as they are.
+    """The metrics on the test galaxies, or on galaxies out of fold, as they are.
 
     They are those of calibrated probabilities, of a regression's values, or of votes: see `score_votes`.
 
@@ -173,40 +182,58 @@ def test_metrics_of(
         model: The model.
         stage: What the stage gave.
         judgement: Of this stage; None where there are no classes.
-        test: The test split.
+        judged: The galaxies.
     """
     if isinstance(model, ZoobotForGalaxyZoo):
-        return dict(score_votes(stage.test_outputs, read_observed_votes(test, model), model.config.decision_tree))
+        return dict(score_votes(stage.test_outputs, read_observed_votes(judged, model), model.config.decision_tree))
     predictions = np.asarray(stage.test_outputs) if judgement is None else judgement.probabilities_as_labelled
     metrics = metrics_for(model.config.problem_type, include_confusion=judgement is not None)
-    results: dict[str, Any] = metrics.compute(predictions=predictions, references=np.asarray(test["label"]))
+    results: dict[str, Any] = metrics.compute(predictions=predictions, references=np.asarray(judged["label"]))
     return results
 
 
 def _metrics_file(
     stages: list[StageResult],
     judgements: Mapping[str, Judgement],
-    test_metrics: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, Mapping[str, Any]],
     kept_stage: str,
+    out_of_fold: CrossValidation | None,
 ) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        stage.name: {**test_metrics[stage.name], "validation_loss": stage.validation_loss} for stage in stages
-    }
+    """By stage what was fitted and measured; what was measured out of fold has a place of its own."""
+    fitted: dict[str, Any] = {stage.name: {"validation_loss": stage.validation_loss} for stage in stages}
+    measured: dict[str, Any] = {name: dict(values) for name, values in metrics.items()}
     for name, judgement in judgements.items():
-        values[name] |= {
-            "scores": [scores.to_dict() for scores in judgement.scores],
+        fitted[name] |= {
             "calibration": judgement.calibration and vars(judgement.calibration),
-            "selections": {label: selection.to_dict() for label, selection in judgement.selections.items()},
             "remarks": judgement.remarks,
         }
-    return {**values, "kept_stage": kept_stage}
+        measured[name] |= {
+            "scores": [scores.to_dict() for scores in judgement.scores],
+            "selections": {label: selection.to_dict() for label, selection in judgement.selections.items()},
+        }
+    if out_of_fold is None:
+        return {**{name: {**measured[name], **fitted[name]} for name in fitted}, "kept_stage": kept_stage}
+    folds = out_of_fold.folds["fold"].nunique()
+    about = {"galaxies": len(out_of_fold.table), "folds": folds, "models": OF_FOLDS.format(folds=folds)}
+    return {**fitted, "kept_stage": kept_stage, "out_of_fold": {**about, **measured[kept_stage]}}
 
 
-def _scores_by_population(judgement: Judgement | None) -> dict[str, dict[str, tuple[float, float, float]]]:
+def _stage_facts(
+    stage: StageResult, judgements: Mapping[str, Judgement], test_metrics: Mapping[str, Mapping[str, Any]]
+) -> StageFacts:
+    """With the scores of the test split, where there is one."""
+    facts = StageFacts(name=stage.name, hyperparameters=stage.settings)
+    if stage.name not in test_metrics:
+        return facts
+    scores = _scores_by_population(judgements.get(stage.name), TEST_GALAXIES)
+    return replace(facts, metrics=test_metrics[stage.name], scores=scores)
+
+
+def _scores_by_population(judgement: Judgement | None, whose: str) -> dict[str, dict[str, tuple[float, float, float]]]:
     """A table of scores for each population and label, by a heading in words."""
     tables: dict[str, dict[str, tuple[float, float, float]]] = {}
     for scores in _different_populations(judgement.scores) if judgement else ():
-        place = "test galaxies as they are" if scores.population == LABELLED_GALAXIES else "expected in the sky"
+        place = f"{whose} as they are" if scores.population == LABELLED_GALAXIES else "expected in the sky"
         for label, own in scores.labels.items():
             table = {**scores.overall, **own}
             tables[f"{place}, where {scores.prevalence[label]:.1%} are {label}"] = {
