@@ -798,7 +798,7 @@ def test_images_are_embedded_once_and_predicted_from_their_embeddings(
     assert zoobot_hf(*predict, tmp_path / "survey").status == 0
     assert_same_predictions(pd.read_parquet(tmp_path / "survey/predictions"), expected_table)
     assert "embeddings are predicted into a folder" in refused(*predict, tmp_path / "table.csv")
-    assert "batch_size is for an encoder" in refused(*predict, tmp_path / "other", "--batch_size", "4")
+    assert "batch_size is for images" in refused(*predict, tmp_path / "other", "--batch_size", "4")
     assert zoobot_hf(*embed, tmp_path / "reduced", "--pca", "3").status == 0
     assert zoobot_hf(*embed, tmp_path / "as_before", "--pca", tmp_path / "reduced").status == 0
     assert "were reduced by a PCA" in refused(
