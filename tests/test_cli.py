@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from zoobot_hf import (
 )
 from zoobot_hf.cli import COMMANDS, main
 from zoobot_hf.data.catalog import find_catalog
+from zoobot_hf.data.dataset import catalog_to_dataset
 
 COMMAND = Path(sys.executable).with_name("zoobot-hf")
 ENCODER = ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32)
@@ -785,6 +787,28 @@ def test_a_folder_of_shards_is_predicted_and_merged(galaxy_folder, model_folder,
     merged = tmp_path / "merged.parquet"
     assert zoobot_hf("merge", tmp_path / "survey", "--output", merged).status == 0
     assert_same_predictions(pd.read_parquet(merged), expected_table)
+
+
+def test_archives_and_hub_datasets_are_predicted_into_a_folder(
+    galaxy_folder, model_folder, tmp_path, zoobot_hf, refused, expected_table, hub_token, repo_id
+):
+    with tarfile.open(tmp_path / "galaxies.tar", "w") as archive:
+        for path in sorted((galaxy_folder / "images").iterdir()):
+            archive.add(path, arcname=path.name)
+    dataset = catalog_to_dataset(read_catalog(galaxy_folder / "catalog.csv"), label_column=None)
+    dataset.rename_column("id_str", "name").push_to_hub(repo_id, token=hub_token, split="test")
+    predict = ("predict", "--model", model_folder, "--images")
+    hub_options = ("--split", "test", "--id_column", "name")
+    assert zoobot_hf(*predict, tmp_path / "*.tar", "--output", tmp_path / "from_tar").status == 0
+    assert zoobot_hf(*predict, repo_id, *hub_options, "--output", tmp_path / "from_hub").status == 0
+    for name in ("from_tar", "from_hub"):
+        assert_same_predictions(pd.read_parquet(tmp_path / name / "predictions"), expected_table)
+    line = refused(*predict, tmp_path / "galaxies.tar", *hub_options, "--output", tmp_path / "other")
+    assert "split is for a Hub dataset, and images is" in line
+    assert "choose a folder, from which" in refused(*predict, repo_id, "--output", tmp_path / "table.csv")
+    assert "split is for an output folder" in refused(
+        *predict, galaxy_folder, "--split", "test", "--output", tmp_path / "table.csv"
+    )
 
 
 def test_images_are_embedded_once_and_predicted_from_their_embeddings(
