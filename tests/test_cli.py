@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from zoobot_hf import (
 )
 from zoobot_hf.cli import COMMANDS, main
 from zoobot_hf.data.catalog import find_catalog
+from zoobot_hf.data.dataset import catalog_to_dataset
 
 COMMAND = Path(sys.executable).with_name("zoobot-hf")
 ENCODER = ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32)
@@ -717,7 +719,7 @@ def test_a_batch_has_at_least_one_galaxy(batch_size, refused):
 
 def test_a_missing_option_is_one_line(refused):
     assert refused("finetune") == (
-        "zoobot-hf finetune: the following arguments are required: --encoder, --dataset, --output_dir; "
+        "zoobot-hf finetune: the following arguments are required: --dataset, --output_dir; "
         "see zoobot-hf finetune --help"
     )
     assert refused() == "zoobot-hf: the following arguments are required: COMMAND; see zoobot-hf --help"
@@ -798,6 +800,28 @@ def test_a_folder_of_shards_is_predicted_and_merged(galaxy_folder, model_folder,
     assert_same_predictions(pd.read_parquet(merged), expected_table)
 
 
+def test_archives_and_hub_datasets_are_predicted_into_a_folder(
+    galaxy_folder, model_folder, tmp_path, zoobot_hf, refused, expected_table, hub_token, repo_id
+):
+    with tarfile.open(tmp_path / "galaxies.tar", "w") as archive:
+        for path in sorted((galaxy_folder / "images").iterdir()):
+            archive.add(path, arcname=path.name)
+    dataset = catalog_to_dataset(read_catalog(galaxy_folder / "catalog.csv"), label_column=None)
+    dataset.rename_column("id_str", "name").push_to_hub(repo_id, token=hub_token, split="test")
+    predict = ("predict", "--model", model_folder, "--images")
+    hub_options = ("--split", "test", "--id_column", "name")
+    assert zoobot_hf(*predict, tmp_path / "*.tar", "--output", tmp_path / "from_tar").status == 0
+    assert zoobot_hf(*predict, repo_id, *hub_options, "--output", tmp_path / "from_hub").status == 0
+    for name in ("from_tar", "from_hub"):
+        assert_same_predictions(pd.read_parquet(tmp_path / name / "predictions"), expected_table)
+    line = refused(*predict, tmp_path / "galaxies.tar", *hub_options, "--output", tmp_path / "other")
+    assert "split is for a Hub dataset, and images is" in line
+    assert "choose a folder, from which" in refused(*predict, repo_id, "--output", tmp_path / "table.csv")
+    assert "split is for an output folder" in refused(
+        *predict, galaxy_folder, "--split", "test", "--output", tmp_path / "table.csv"
+    )
+
+
 def test_images_are_embedded_once_and_predicted_from_their_embeddings(
     galaxy_folder, model_folder, tmp_path, zoobot_hf, refused, expected_table
 ):
@@ -809,7 +833,7 @@ def test_images_are_embedded_once_and_predicted_from_their_embeddings(
     assert zoobot_hf(*predict, tmp_path / "survey").status == 0
     assert_same_predictions(pd.read_parquet(tmp_path / "survey/predictions"), expected_table)
     assert "embeddings are predicted into a folder" in refused(*predict, tmp_path / "table.csv")
-    assert "batch_size is for an encoder" in refused(*predict, tmp_path / "other", "--batch_size", "4")
+    assert "batch_size is for images" in refused(*predict, tmp_path / "other", "--batch_size", "4")
     assert zoobot_hf(*embed, tmp_path / "reduced", "--pca", "3").status == 0
     assert zoobot_hf(*embed, tmp_path / "as_before", "--pca", tmp_path / "reduced").status == 0
     assert "were reduced by a PCA" in refused(

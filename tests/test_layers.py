@@ -63,6 +63,8 @@ ORDER = [
     "training.label_efficiency",
     "prediction.tables",
     "prediction.galaxies",
+    "prediction.archives",
+    "prediction.hub_datasets",
     "prediction.pieces",
     "prediction.shards",
     "prediction.components",

@@ -77,6 +77,7 @@ def test_a_run_that_was_stopped_goes_on(embed, tmp_path, monkeypatch):
     real_run = runs.run_galaxies
 
     def run(runner, processor, rows, **options):
+        rows = list(rows)
         computed.extend(row["id_str"] for row in rows)
         return real_run(runner, processor, rows, **options)
 

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from PIL import Image
 
 from zoobot_hf import predict_galaxies, read_galaxies
 from zoobot_hf.data.catalog import CatalogError
-from zoobot_hf.prediction import runs, shards
+from zoobot_hf.data.images import open_image
+from zoobot_hf.prediction import galaxies, runs, shards
 from zoobot_hf.prediction.embeddings import embed_survey
 from zoobot_hf.prediction.survey import SurveyError, predict_survey
 
@@ -277,6 +279,66 @@ def test_the_prevalence_decides_the_probabilities(predict, layer_norm_model, tmp
     sky = predict()[1]["probability_ring"].astype(float)
     training = predict(output=tmp_path / "training", prevalence="training")[1]["probability_ring"].astype(float)
     assert np.allclose(sky / (1 - sky) * 9, training / (1 - training), rtol=1e-5)  # odds, by Bayes' theorem
+
+
+# Tar archives ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def archives(galaxy_folder, tmp_path):
+    """The drawn galaxies in three tar archives, and the pattern of their names; the 17th image is empty."""
+    (galaxy_folder / "images/galaxy_17.png").write_bytes(b"")
+    (tmp_path / "tars").mkdir()
+    for number, rows in enumerate((range(15), range(15, 16), range(16, 40))):
+        with tarfile.open(tmp_path / f"tars/galaxies-{number}.tar", "w") as archive:
+            for row in rows:
+                archive.add(galaxy_folder / f"images/galaxy_{row:02d}.png", arcname=f"galaxy_{row:02d}.png")
+    return tmp_path / "tars/galaxies-*.tar"
+
+
+def test_archives_are_predicted_like_the_images_in_them(predict, archives, galaxy_folder, tmp_path):
+    _, expected, _ = predict(output=tmp_path / "folder")
+    done, table, failures = predict(catalog=archives)
+    assert done == (tmp_path / "out", 40, 1)
+    pd.testing.assert_frame_equal(table, expected)
+    place = f"tar://galaxy_17.png::{tmp_path}/tars/galaxies-2.tar"
+    assert failures.to_numpy().tolist() == [["galaxy_17", place, "the file is empty"]]
+    with pytest.raises(SurveyError, match="another catalog"):
+        predict(catalog=galaxy_folder)
+
+
+def test_a_run_over_archives_goes_on_without_reading_what_is_done(predict, archives, tmp_path, monkeypatch):
+    _, expected, _ = predict(catalog=archives)
+    (tmp_path / "out/predictions/000003.parquet").unlink()
+    opened = []
+    monkeypatch.setattr(galaxies, "open_image", lambda content: opened.append(content) or open_image(content))
+    _, table, _ = predict(catalog=archives)
+    pd.testing.assert_frame_equal(table, expected)
+    assert len(opened) == 6
+    del opened[:]
+    _, table, failures = predict(catalog=archives, retry_failures=True)
+    pd.testing.assert_frame_equal(table, expected)
+    assert failures["id_str"].tolist() == ["galaxy_17"]
+    assert opened == [b""]
+
+
+def test_archives_that_have_changed_are_refused(predict, archives, galaxy_folder, tmp_path):
+    predict(catalog=archives)
+    with tarfile.open(tmp_path / "tars/galaxies-1.tar", "w") as archive:
+        archive.add(galaxy_folder / "catalog.csv", arcname="galaxy_15.txt")
+        archive.add(galaxy_folder / "images/galaxy_15.png", arcname="galaxy_15.png")
+    with pytest.raises(SurveyError, match="another catalog, or one that has changed since"):
+        predict(catalog=archives)
+
+
+@pytest.mark.slow
+def test_two_processes_predict_archives_like_one(predict, archives, tmp_path):
+    _, expected, expected_failures = predict(catalog=archives)
+    output = tmp_path / "shared_out"
+    done = launch(archives, output, processes=2)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions"), expected)
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "failures.parquet"), expected_failures)
 
 
 # Several processes, and killed ones ---------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from ..models.conversion import image_processor_for
 from ..models.modeling_zoobot import ZoobotModel
 from ..prediction.embeddings import embed_survey
 from ..training.embedding_cache import DTYPES
-from .inputs import choose_device
+from .inputs import choose_device, find_images
 from .messages import complain
-from .options import add_batches, add_device, add_image_processing, add_survey
+from .options import add_batches, add_device, add_hub_dataset, add_image_processing, add_survey
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         required=True,
-        help="catalog, folder with a catalog or images, or a pattern for many catalogs, in quotes",
+        help="catalog, folder with a catalog or images, WebDataset tar archive, pattern for many catalogs or archives, "
+        "in quotes, or the id of a Hub dataset",
     )
     parser.add_argument(
         "--output", required=True, type=Path, help="a folder; the same command goes on with a run that was stopped"
@@ -35,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_image_processing(parser)
     add_batches(parser)
     add_survey(parser)
+    add_hub_dataset(parser)
     add_device(parser)
 
 
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     done = embed_survey(
         ZoobotModel.from_pretrained(options.model),
         processor,
-        options.images,
+        find_images(options),
         options.output,
         model_name=options.model,
         dtype=options.dtype,

@@ -15,10 +15,13 @@ from ..models.image_processing_zoobot import ZoobotImageProcessor
 from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from ..models.modeling_zoobot import ZoobotForImageClassification
 from ..prediction.galaxies import Classifier
+from ..prediction.hub_datasets import HubDataset
+from ..prediction.pieces import Source, names_hub_dataset
 from ..training.arguments import FrozenStageArguments, UnfrozenStageArguments
 from .options import LABEL_COLUMN
 
 SIMULATED_GALAXIES = 1500  # with votes
+HUB_OPTIONS = ("split", "configuration", "revision", "id_column", "image_column")
 
 
 def choose_device(device: str) -> torch.device:
@@ -44,6 +47,15 @@ def load_votes(options: argparse.Namespace, tree: DecisionTree) -> Dataset | Dat
     if options.dataset == "simulated":
         return simulate_votes_dataset(SIMULATED_GALAXIES, tree, seed=options.seed)
     return load_galaxy_votes(options.dataset, tree, configuration=options.configuration, revision=options.revision)
+
+
+def find_images(options: argparse.Namespace) -> Source:
+    given = {name: getattr(options, name) for name in HUB_OPTIONS if getattr(options, name) is not None}
+    if names_hub_dataset(options.images):
+        return HubDataset(options.images, **{**given, **({"id_column": None} if options.id_column == "none" else {})})
+    if given:
+        raise ValueError(f"{next(iter(given))} is for a Hub dataset, and images is {options.images}; leave it out.")
+    return str(options.images)
 
 
 def load_finetuned(name: str) -> tuple[ZoobotForImageClassification, ZoobotImageProcessor]:

@@ -89,6 +89,17 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_hub_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", help="split of a Hub dataset (default: its only one)")
+    parser.add_argument("--configuration", help="configuration of a Hub dataset")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
+    parser.add_argument(
+        "--id_column",
+        help="column with the galaxies' names in a Hub dataset, or 'none' to number them (default: id_str)",
+    )
+    parser.add_argument("--image_column", help="column with the images in a Hub dataset (default: image)")
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, at_most=LARGEST_SEED), default=42, help="(default: %(default)s)")
 

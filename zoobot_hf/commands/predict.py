@@ -12,11 +12,12 @@ from ..evaluation.vote_tables import advanced_table, friendly_table
 from ..models.configuration_zoobot import PREVALENCES, ZoobotConfig
 from ..prediction.embeddings import predict_embeddings
 from ..prediction.galaxies import predict_galaxies
+from ..prediction.pieces import ARCHIVE, names_hub_dataset
 from ..prediction.runs import Survey
 from ..prediction.survey import predict_survey
-from .inputs import choose_device, load_classifier
+from .inputs import HUB_OPTIONS, choose_device, find_images, load_classifier
 from .messages import complain
-from .options import add_batches, add_device, add_survey
+from .options import add_batches, add_device, add_hub_dataset, add_survey
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--images",
-        help="catalog, or folder with a catalog or images; for an output folder also a pattern for many catalogs, in "
-        "quotes",
+        help="catalog, or folder with a catalog or images; for an output folder also a WebDataset tar archive, a "
+        "pattern for many catalogs or archives, in quotes, or the id of a Hub dataset",
     )
     source.add_argument(
         "--embeddings",
@@ -45,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_batches(parser)
     add_survey(parser)
+    add_hub_dataset(parser)
     add_device(parser)
 
 
@@ -62,7 +64,7 @@ def _predict_survey(options: argparse.Namespace) -> Survey:
     return predict_survey(
         model,
         processor,
-        options.images,
+        find_images(options),
         options.output,
         model_name=options.model,
         batch_size=options.batch_size,
@@ -80,9 +82,9 @@ def _predict_embeddings(options: argparse.Namespace) -> Survey:
             f"output is {options.output}, one table; embeddings are predicted into a folder, from which zoobot-hf "
             "merge makes one."
         )
-    for name in ("batch_size", "torch_compile"):
+    for name in ("batch_size", "torch_compile", *HUB_OPTIONS):
         if getattr(options, name):
-            raise ValueError(f"{name} is for an encoder, and none is run on embeddings; leave it out.")
+            raise ValueError(f"{name} is for images, and none are opened for embeddings; leave it out.")
     device = choose_device(options.device)
     model, processor = load_classifier(options.model)
     return predict_embeddings(
@@ -108,7 +110,12 @@ def _report(done: Survey) -> int:
 
 
 def _predict_table(options: argparse.Namespace) -> int:
-    for name in ("retry_failures", "max_failures"):
+    if options.images.endswith(ARCHIVE) or names_hub_dataset(options.images):
+        raise ValueError(
+            f"output is {options.output}, one table, and the images are in an archive or a Hub dataset; choose a "
+            "folder, from which zoobot-hf merge makes one table."
+        )
+    for name in ("retry_failures", "max_failures", *HUB_OPTIONS):
         if getattr(options, name) not in (None, False):
             raise ValueError(f"{name} is for an output folder, and {options.output} is one table; leave it out.")
     device = choose_device(options.device)

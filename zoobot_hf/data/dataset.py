@@ -35,7 +35,7 @@ TEST_FRACTION = 0.2
 _SPLITS = ("train", "validation", "test")
 # What catalogs of Galaxy Zoo add to the names of questions and of vote columns.
 _DERIVED_FROM_VOTES = ("_fraction", "_debiased", "_total-votes", "_90pc-lower", "_90pc-upper", "_proportion-asked")
-_HUB_IDENTIFIER = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_IDENTIFIER = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def catalog_to_dataset(
@@ -293,7 +293,7 @@ def _list_columns(label_column: str | Sequence[str] | None, *, problem_type: Pro
 def _find_layout(source: str | Path) -> Literal["galaxies", "image splits", "hub"]:
     path = Path(source)
     if not path.exists():
-        if not _HUB_IDENTIFIER.fullmatch(str(source)):
+        if not HUB_IDENTIFIER.fullmatch(str(source)):
             raise CatalogError(
                 f"source {str(source)!r} is neither a file or folder that is there nor the id of a Hub dataset, which "
                 "reads user/name; check the path."

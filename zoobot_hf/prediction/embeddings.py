@@ -27,7 +27,7 @@ from zoobot_hf.training.machine import InferenceRunner
 
 from .components import Components, fit_components, read_components, write_components
 from .galaxies import Classifier, Galaxy, Row, check_prevalence, inference_runner, read_outputs, run_galaxies
-from .pieces import CatalogFacts, Source, check_catalog, read_pieces
+from .pieces import CatalogFacts, Source, attach_readers, check_catalog, find_source, name_of, read_pieces
 from .runs import (
     GALAXIES_IN_A_SHARD,
     Failures,
@@ -45,7 +45,7 @@ from .runs import (
     wait_for_files,
 )
 from .shards import Shard, read_key, read_shard, shard_paths
-from .survey import arrow_table, hash_model, name_of
+from .survey import arrow_table, hash_model
 from .tables import survey_table
 
 EMBEDDING = "embedding"
@@ -106,14 +106,15 @@ def embed_survey(
     given = None if pca is None or isinstance(pca, int) else _read_given(Path(pca), encoder)
     prepare_processes()
     encoder.to(device)
-    facts = check_catalog(catalog)
+    source = find_source(catalog)
+    facts = check_catalog(source)
     wanted = describe_run(
         "embeddings",
         model=encoder,
         model_name=model_name,
         weights=hash_encoder(model),
         processor=processor,
-        catalog=name_of(catalog),
+        catalog=name_of(source),
         facts=facts,
         shard_size=shard_size,
         batch_size=batch_size,
@@ -127,7 +128,7 @@ def embed_survey(
     with inference_runner(encoder, batch_size=size, device=device, torch_compile=torch_compile) as runner:
         components = given
         if isinstance(pca, int):
-            components = _fit_once(folder, _Sample(runner, processor, catalog, facts), dimensions=pca)
+            components = _fit_once(folder, _Sample(runner, processor, source, facts), dimensions=pca)
         elif given is not None and PartialState().is_main_process:
             write_components(given, folder / PCA_FILE)
         work = WorkOnImages(
@@ -138,7 +139,7 @@ def embed_survey(
             tabulate=functools.partial(_embedding_table, dtype=dtype, size=_size(encoder, components)),
             depends_on="" if components is None else components.fingerprint(),
         )
-        pieces = read_pieces(catalog, rows=manifest["shard_size"])
+        pieces = read_pieces(source, rows=manifest["shard_size"])
         run_shards(folder, manifest, work, pieces, retry_failures=retry_failures, max_failures=max_failures)
     return finish_run(folder, manifest)
 
@@ -256,7 +257,8 @@ class _Sample:
         count = min(self.galaxies, GALAXIES_FOR_PCA)
         found: list[npt.NDArray[np.floating[Any]]] = []
         with tqdm(total=count, desc="sampling for PCA", unit="galaxy") as progress:
-            batches = run_galaxies(self.runner, self.processor, self._rows(count), interpret=Tensor.numpy)
+            rows = attach_readers(self._rows(count))
+            batches = run_galaxies(self.runner, self.processor, rows, interpret=Tensor.numpy)
             for batch in batches:
                 found += [galaxy.output for galaxy in batch if galaxy.output is not None]
                 progress.update(len(batch))

@@ -45,7 +45,7 @@ class Galaxy(NamedTuple):
     """What became of one galaxy.
 
     Attributes:
-        row: Its row of the catalog, with `id_str` and `file_loc`; None for a place that was left empty.
+        row: Its `id_str` and `file_loc`; None for a place that was left empty.
         output: (labels,), float32: probabilities, a regression's values or concentrations; or (embedding_size,), an
             embedding; None where it failed.
         reason: Why it failed.
@@ -130,15 +130,19 @@ def run_galaxies(
     Args:
         runner: From `inference_runner`.
         processor: The image processor that was saved with the runner's model.
-        rows: Each with `id_str` and `file_loc`; None for a place in a batch that stays empty.
+        rows: Each with `id_str` and `file_loc`, and with `read`, a function that gives the content of the image's file,
+            where that is no file at `file_loc`; None for a place in a batch that stays empty.
         interpret: What to keep of a batch of the model's outputs, a row for each.
     """
 
     def read(row: Row | None) -> tuple[Row | None, Tensor | None, str]:
         if row is None:
             return None, None, ""
+        load = row.get("read")
+        row = {"id_str": row["id_str"], "file_loc": row["file_loc"]}  # without the content, which is not kept
         try:
-            return row, processor.crop_and_resize(open_image(row["file_loc"])), ""
+            image = open_image(row["file_loc"] if load is None else load())
+            return row, processor.crop_and_resize(image), ""
         except UnreadableImageError as error:
             return row, None, str(error)
         except ValueError as error:

@@ -1,10 +1,14 @@
-"""Catalogs of any size in pieces of their rows: what `read_galaxies` gives, without holding all of it."""
+"""Catalogs of any size in pieces of their rows: what `read_galaxies` gives, without holding all of it.
+
+Tar archives and Hub datasets are catalogs too, whose pieces say where in them the images are.
+"""
 
 import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +18,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zoobot_hf.data.catalog import CatalogError, describe, find_catalog, read_galaxies
+from zoobot_hf.data.catalog import CATALOG_FORMATS, CatalogError, describe, find_catalog, read_galaxies
+from zoobot_hf.data.dataset import HUB_IDENTIFIER
+
+from .archives import attach_member_reader, read_archive
+from .galaxies import Row
+from .hub_datasets import HubDataset, attach_images, pin_revision, read_hub_dataset
 
 NEEDED = ["id_str", "file_loc"]
 ROWS_AT_ONCE = 65536
 WILDCARDS = frozenset("*?[")
 
-Source = str | Path | pd.DataFrame
+ARCHIVE = ".tar"
+
+Source = str | Path | pd.DataFrame | HubDataset
 
 
 class CatalogFacts(NamedTuple):
@@ -28,27 +39,56 @@ class CatalogFacts(NamedTuple):
 
     Attributes:
         galaxies: How many rows it has.
-        fingerprint: A hash of every `id_str` and `file_loc` in their order.
+        fingerprint: A hash of every `id_str` and `file_loc` in their order, and of where in an archive or a Hub dataset
+            the images are.
     """
 
     galaxies: int
     fingerprint: str
 
 
+def find_source(source: Source) -> Source:
+    """The source as the other functions take it: a Hub dataset at a commit, and any other as it is.
+
+    Args:
+        source: As in `read_pieces`; also "owner/name" of a Hub dataset, where no file or folder is called so.
+
+    Raises:
+        CatalogError: The Hub dataset isn't there, or the Hub can't be reached.
+    """
+    if isinstance(source, HubDataset):
+        return pin_revision(source)
+    if isinstance(source, str) and names_hub_dataset(source):
+        return pin_revision(HubDataset(source))
+    return source
+
+
+def names_hub_dataset(source: str) -> bool:
+    """Whether this reads as the id of a Hub dataset, and nothing here is called so.
+
+    Args:
+        source: What a user gave as images.
+    """
+    is_file = source.lower().endswith((*CATALOG_FORMATS, ".gz", ARCHIVE))
+    return HUB_IDENTIFIER.fullmatch(source) is not None and not is_file and not Path(source).exists()
+
+
 def read_pieces(source: Source, *, rows: int = ROWS_AT_ONCE) -> Iterator[pd.DataFrame]:
     """The rows of a catalog in order, in pieces: `id_str` and `file_loc`, text, paths absolute.
 
     CSV and Parquet files are read piece by piece; FITS, VOTable and ECSV tables and the names in a folder of images
-    are in memory as a whole.
+    are in memory as a whole. Of tar archives and Hub datasets further columns say where the images are, and
+    `attach_readers` makes use of them.
 
     Args:
-        source: A catalog file, a folder with a catalog or images, a table, or a pattern with `*`, `?` or `[` for many
-            catalog files, which are read in the order of their names.
+        source: A catalog file, a tar archive in WebDataset's layout, a folder with a catalog or images, a table, a
+            pattern with `*`, `?` or `[` for many catalog files or archives, which are read in the order of their
+            names; or a Hub dataset from `find_source`.
         rows: Most rows in a piece, and as many in each but the last.
 
     Raises:
-        CatalogError: Nothing there, a file that can't be read, a column that is missing, or a name that is empty or
-            floating-point.
+        CatalogError: Nothing there, a file that can't be read, a column that is missing, a name that is empty or
+            floating-point, or what `read_archive` and `read_hub_dataset` refuse.
     """
     buffer: list[pd.DataFrame] = []
     held = 0
@@ -65,6 +105,31 @@ def read_pieces(source: Source, *, rows: int = ROWS_AT_ONCE) -> Iterator[pd.Data
         yield pd.concat(buffer, ignore_index=True)
 
 
+def attach_readers(rows: Iterable[Row | None]) -> Iterator[Row | None]:
+    """The rows, those of tar archives and Hub datasets with `read`, which gives the content of the image's file.
+
+    Args:
+        rows: Of the pieces of one source, in order; None stays None.
+
+    Raises:
+        CatalogError: The Hub can't be reached any more.
+    """
+    remaining = iter(rows)
+    before: list[Row | None] = []
+    for row in remaining:
+        before.append(row)
+        if row is not None:
+            break
+    first = before[-1] if before else None
+    everything = chain(before, remaining)
+    if first is not None and "row_group" in first:
+        yield from attach_images(everything)
+    elif first is not None and "offset" in first:
+        yield from (None if row is None else attach_member_reader(row) for row in everything)
+    else:
+        yield from everything
+
+
 def check_catalog(source: Source) -> CatalogFacts:
     """What identifies a catalog, once it is known that all of it can be read and that its names are unique.
 
@@ -78,7 +143,7 @@ def check_catalog(source: Source) -> CatalogFacts:
     """
     digest, names = hashlib.sha256(), []
     for piece in read_pieces(source):
-        digest.update(_hash_rows(piece[NEEDED]).tobytes())
+        digest.update(_hash_rows(piece).tobytes())
         names.append(_hash_rows(piece[["id_str"]]))
     if not names:
         raise CatalogError(f"catalog {_name(source)} has no rows; it needs one for each galaxy.")
@@ -87,18 +152,36 @@ def check_catalog(source: Source) -> CatalogFacts:
     return CatalogFacts(len(hashes), digest.hexdigest())
 
 
+def name_of(source: Source) -> str:
+    """What a manifest calls a source.
+
+    Args:
+        source: As in `read_pieces`.
+    """
+    if isinstance(source, pd.DataFrame):
+        return "a table"
+    if isinstance(source, HubDataset):
+        parts = [source.name, source.configuration, source.split]
+        return f"{' '.join(part for part in parts if part)} at {source.revision}"
+    return str(source)
+
+
 def fingerprint_rows(piece: pd.DataFrame) -> str:
-    """A hash of the rows' `id_str` and `file_loc` in their order.
+    """A hash of the rows in their order, as in `CatalogFacts`.
 
     Args:
         piece: From `read_pieces`.
     """
-    return hashlib.sha256(_hash_rows(piece[NEEDED]).tobytes()).hexdigest()
+    return hashlib.sha256(_hash_rows(piece).tobytes()).hexdigest()
 
 
 def _read_parts(source: Source) -> Iterator[pd.DataFrame]:
     if isinstance(source, pd.DataFrame):
         yield _as_rows(source, path=Path.cwd() / "table")
+        return
+    if isinstance(source, HubDataset):
+        for piece in read_hub_dataset(source):
+            yield piece.assign(id_str=_as_text(piece["id_str"], path=source.name))
         return
     for path in _find_files(source):
         suffix = path.suffix.lower()
@@ -107,6 +190,8 @@ def _read_parts(source: Source) -> Iterator[pd.DataFrame]:
                 yield from (_as_rows(part, path=path) for part in _parquet_parts(path))
             elif path.is_file() and path.name.lower().removesuffix(".gz").endswith(".csv"):
                 yield from (_as_rows(part, path=path) for part in _csv_parts(path))
+            elif path.is_file() and suffix == ARCHIVE:
+                yield from read_archive(path, rows=ROWS_AT_ONCE)
             else:
                 yield read_galaxies(path, images_must_exist=False)[NEEDED]
         except CatalogError:
@@ -158,7 +243,7 @@ def _as_rows(part: pd.DataFrame, *, path: Path) -> pd.DataFrame:
     return pd.DataFrame(columns, dtype=object)
 
 
-def _as_text(column: pd.Series, *, path: Path) -> list[str]:
+def _as_text(column: pd.Series, *, path: Path | str) -> list[str]:
     if pd.api.types.is_float_dtype(column) and column.notna().all() and len(column):
         raise CatalogError(
             f"catalog {path} has floating-point numbers in {column.name!r}, for example {column.iloc[0]}, "
@@ -201,4 +286,4 @@ def _check_names_are_unique(source: Source, hashes: npt.NDArray[np.uint64]) -> N
 
 
 def _name(source: Source) -> str:
-    return "table" if isinstance(source, pd.DataFrame) else str(source)
+    return "table" if isinstance(source, pd.DataFrame) else name_of(source)

@@ -24,7 +24,7 @@ from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 from zoobot_hf.training.machine import InferenceRunner, default_batch_size
 
 from .galaxies import FAILURE_COLUMNS, Galaxy, Interpret, Row, failure_row, run_galaxies
-from .pieces import CatalogFacts, fingerprint_rows
+from .pieces import CatalogFacts, attach_readers, fingerprint_rows
 from .shards import Shard, read_failures, read_shard, remove_partial_files, shard_paths, whole_file, write_shard
 
 logger = logging.getLogger(__name__)
@@ -280,7 +280,7 @@ class WorkOnImages:
         """A hash of the rows, and of what the manifest doesn't say.
 
         Args:
-            part: With `id_str` and `file_loc`.
+            part: From `read_pieces`.
         """
         return hash_text(fingerprint_rows(part), self.depends_on)
 
@@ -288,7 +288,7 @@ class WorkOnImages:
         """The table of the rows, and the galaxies that can't be read.
 
         Args:
-            part: With `id_str` and `file_loc`.
+            part: From `read_pieces`.
             kept: As in `Work`.
             report: As in `Work`.
         """
@@ -296,7 +296,7 @@ class WorkOnImages:
         places = [*rows] if kept is None else _only_failed(rows, kept, batch_size=self.runner.batch_size)
         found: list[Galaxy] = []
         failures: Failures = []
-        for batch in run_galaxies(self.runner, self.processor, places, interpret=self.interpret):
+        for batch in run_galaxies(self.runner, self.processor, attach_readers(places), interpret=self.interpret):
             failed = [failure_row(galaxy) for galaxy in batch if galaxy.output is None and galaxy.row is not None]
             found += [galaxy for galaxy in batch if galaxy.output is not None]
             failures += failed

@@ -26,7 +26,7 @@ from .galaxies import (
     read_outputs,
     table_of,
 )
-from .pieces import Source, check_catalog, read_pieces
+from .pieces import Source, check_catalog, find_source, name_of, read_pieces
 from .runs import (
     GALAXIES_IN_A_SHARD,
     Survey,
@@ -66,8 +66,8 @@ def predict_survey(
     Args:
         model: A finetuned model: a classifier, or one with a decision tree.
         processor: The image processor that was saved with it.
-        catalog: A catalog file, a folder with a catalog or images, a table, or a pattern for many files: see
-            `read_pieces`.
+        catalog: A catalog file, a folder with a catalog or images, a tar archive, a table, or a pattern for many
+            files: see `read_pieces`; or a Hub dataset, as a `HubDataset` or by its id.
         output: A folder; it is made, or holds the earlier run. See the module's first lines.
         model_name: Where the model is from, for the manifest.
         batch_size: Galaxies that the encoder sees at once; what suits the device, or what the earlier run had, when
@@ -84,7 +84,7 @@ def predict_survey(
         The same in every process, once all are done.
 
     Raises:
-        CatalogError: The catalog can't be read, is empty, or has a name twice.
+        CatalogError: The catalog can't be read, is empty, or has a name twice; the Hub can't be reached.
         SurveyError: The folder holds the predictions of another model or catalog, or there are too many failures.
         OSError: No space left, or no right to write; finished files stay.
         ValueError: A prevalence that the model lacks, or a size below 1.
@@ -92,14 +92,15 @@ def predict_survey(
     check_prevalence(model, prevalence)
     prepare_processes()
     model.to(device)
+    source = find_source(catalog)
     wanted = describe_run(
         "predictions",
         model=model,
         model_name=model_name,
         weights=hash_model(model),
         processor=processor,
-        catalog=name_of(catalog),
-        facts=check_catalog(catalog),
+        catalog=name_of(source),
+        facts=check_catalog(source),
         shard_size=shard_size,
         batch_size=batch_size,
         prevalence=prevalence or model.config.predictions_for,
@@ -114,7 +115,7 @@ def predict_survey(
     interpret = functools.partial(read_outputs, config=model.config, prevalence=prevalence)
     with inference_runner(model, batch_size=size, device=device, torch_compile=torch_compile) as runner:
         work = WorkOnImages(runner, processor, verb="predicting", interpret=interpret, tabulate=tabulate)
-        pieces = read_pieces(catalog, rows=manifest["shard_size"])
+        pieces = read_pieces(source, rows=manifest["shard_size"])
         run_shards(folder, manifest, work, pieces, retry_failures=retry_failures, max_failures=max_failures)
     return finish_run(folder, manifest)
 
@@ -127,15 +128,6 @@ def hash_model(model: Classifier) -> str:
     """
     # The configuration has the calibration, the prevalences and the threshold.
     return hash_text(model.config.to_json_string(use_diff=False), hash_weights(model))
-
-
-def name_of(catalog: Source) -> str:
-    """What the manifest calls a catalog.
-
-    Args:
-        catalog: As in `read_pieces`.
-    """
-    return "a table" if isinstance(catalog, pd.DataFrame) else str(catalog)
 
 
 def arrow_table(table: pd.DataFrame) -> pa.Table:
