@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from small_trees import BAR, SMOOTH
 from transformers import AutoModel, ConvNextConfig, pipeline
 
 from zoobot_hf import (
@@ -408,21 +409,7 @@ def test_votes_that_are_no_counts_are_named(count, votes_folder, tree_folder, tm
 
 def test_predict_gives_the_friendly_and_the_advanced_table_of_three_galaxies(galaxy_folder, tmp_path, zoobot_hf):
     """A tree whose concentrations are known: 1 + 100 sigmoid of a head with nothing but biases."""
-    tree = {
-        "name": "two",
-        "questions": [
-            {
-                "name": "smooth",
-                "asked_after": [],
-                "answers": [{"name": "yes", "vote_column": "smooth_yes"}, {"name": "no", "vote_column": "smooth_no"}],
-            },
-            {
-                "name": "bar",
-                "asked_after": ["smooth_no"],
-                "answers": [{"name": "yes", "vote_column": "bar_yes"}, {"name": "no", "vote_column": "bar_no"}],
-            },
-        ],
-    }
+    tree = {"name": "two", "questions": [SMOOTH, BAR]}
     model = ZoobotForGalaxyZoo(ZoobotConfig(ENCODER, decision_tree=tree))
     concentrations = torch.tensor([6.0, 2.0, 9.0, 3.0])
     with torch.no_grad():

@@ -1,34 +1,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+from small_trees import CONCENTRATIONS, TREE
 
 from zoobot_hf import ZoobotConfig
 from zoobot_hf.evaluation.vote_tables import advanced_table, friendly_table
 from zoobot_hf.prediction.tables import describe_column, survey_table
-
-# Smooth galaxies are asked nothing more; featured ones whether they have a bar, and barred ones how strong it is.
-TREE = {
-    "name": "small",
-    "questions": [
-        {
-            "name": "smooth",
-            "asked_after": [],
-            "answers": [{"name": "yes", "vote_column": "smooth_yes"}, {"name": "no", "vote_column": "smooth_no"}],
-        },
-        {
-            "name": "bar",
-            "asked_after": ["smooth_no"],
-            "answers": [{"name": "yes", "vote_column": "bar_yes"}, {"name": "no", "vote_column": "bar_no"}],
-        },
-        {
-            "name": "strength",
-            "asked_after": ["bar_yes"],
-            "answers": [{"name": "weak", "vote_column": "bar_weak"}, {"name": "strong", "vote_column": "bar_strong"}],
-        },
-    ],
-}
-# smooth yes, no; bar yes, no; weak, strong
-CONCENTRATIONS = np.array([[2, 8, 9, 3, 6, 2], [9, 1, 5, 5, 1, 3], [4, 6, 2, 6, 5, 5]], dtype=np.float32)
 
 
 @pytest.fixture
