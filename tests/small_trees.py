@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def question(name, *answers, asked_after=()):
+def make_question(name, *answers, asked_after=()):
     """A question whose vote columns are named after it and its answers."""
     return {
         "name": name,
@@ -12,10 +12,10 @@ def question(name, *answers, asked_after=()):
     }
 
 
-SMOOTH = question("smooth", "yes", "no")
-BAR = question("bar", "yes", "no", asked_after=["smooth_no"])
+SMOOTH = make_question("smooth", "yes", "no")
+BAR = make_question("bar", "yes", "no", asked_after=["smooth_no"])
 # Its vote columns are not named after it: they go on with those of the bar.
-STRENGTH = {**question("bar", "weak", "strong", asked_after=["bar_yes"]), "name": "strength"}
+STRENGTH = {**make_question("bar", "weak", "strong", asked_after=["bar_yes"]), "name": "strength"}
 
 # Smooth galaxies are asked nothing more; featured ones whether they have a bar, and barred ones how strong it is.
 TREE = {"name": "small", "questions": [SMOOTH, BAR, STRENGTH]}

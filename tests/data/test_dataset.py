@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from small_trees import make_question
 
 from zoobot_hf.data import dataset as dataset_module
 from zoobot_hf.data.catalog import CatalogError, read_galaxies, write_catalog
@@ -475,15 +476,8 @@ TREE = load_tree(
     {
         "name": "small",
         "questions": [
-            {
-                "name": name,
-                "asked_after": asked_after,
-                "answers": [{"name": answer, "vote_column": f"{name}_{answer}"} for answer in answers],
-            }
-            for name, asked_after, answers in (
-                ("shape", [], ["smooth", "disk"]),
-                ("bar", ["shape_disk"], ["yes", "no"]),
-            )
+            make_question("shape", "smooth", "disk"),
+            make_question("bar", "yes", "no", asked_after=["shape_disk"]),
         ],
     }
 )

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from conftest import SHARED
+from small_trees import BAR, SMOOTH, make_question
 
 from zoobot_hf.data.decision_tree import DecisionTree, join_trees, load_survey, load_tree, survey_names
 
@@ -46,21 +47,11 @@ CORRECTED = {
 }
 
 
-def question(name, *answers, asked_after=()):
-    return {
-        "name": name,
-        "asked_after": list(asked_after),
-        "answers": [{"name": answer, "vote_column": f"{name}_{answer}"} for answer in answers],
-    }
-
-
 def tree_of(*questions, **fields):
     return DecisionTree.from_dict({"name": "mine", "questions": list(questions), **fields})
 
 
-SMOOTH = question("smooth", "yes", "no")
-BAR = question("bar", "yes", "no", asked_after=["smooth_no"])
-MERGING = question("merging", "yes", "no", asked_after=["smooth_no", "smooth_yes"])
+MERGING = make_question("merging", "yes", "no", asked_after=["smooth_no", "smooth_yes"])
 
 
 def read_file(name):
@@ -202,15 +193,15 @@ def test_an_unknown_parent_is_named():
 
 
 def test_a_loop_is_named():
-    first = question("first", "yes", "no", asked_after=["second_yes"])
-    second = question("second", "yes", "no", asked_after=["first_yes"])
+    first = make_question("first", "yes", "no", asked_after=["second_yes"])
+    second = make_question("second", "yes", "no", asked_after=["first_yes"])
     with pytest.raises(ValueError, match="'mine' has a loop: 'first', 'second' are asked after each other"):
         tree_of(SMOOTH, first, second)
 
 
 def test_a_question_is_not_asked_after_itself():
     with pytest.raises(ValueError, match="'mine' has a loop: 'bar'"):
-        tree_of(question("bar", "yes", "no", asked_after=["bar_no"]))
+        tree_of(make_question("bar", "yes", "no", asked_after=["bar_no"]))
 
 
 def test_a_column_is_there_once():
@@ -220,7 +211,7 @@ def test_a_column_is_there_once():
 
 
 def test_a_question_is_there_once():
-    other = {**question("other", "a", "b"), "name": "smooth"}
+    other = {**make_question("other", "a", "b"), "name": "smooth"}
     with pytest.raises(ValueError, match="question 'smooth' is there more than once"):
         tree_of(SMOOTH, other)
 
@@ -233,12 +224,12 @@ def test_an_answer_is_there_once():
 
 def test_a_parent_is_listed_once():
     with pytest.raises(ValueError, match="'bar': asked_after 'smooth_no' is there more than once"):
-        tree_of(SMOOTH, question("bar", "yes", "no", asked_after=["smooth_no", "smooth_no"]))
+        tree_of(SMOOTH, make_question("bar", "yes", "no", asked_after=["smooth_no", "smooth_no"]))
 
 
 def test_a_question_has_two_answers_or_more():
     with pytest.raises(ValueError, match="the question 'bar' has 1 answers; give two or more"):
-        tree_of(question("bar", "yes"))
+        tree_of(make_question("bar", "yes"))
 
 
 def test_a_tree_has_questions():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from small_trees import make_question
 from transformers import EvalPrediction
 
 from zoobot_hf import load_survey, tree_layout
@@ -22,18 +23,12 @@ from zoobot_hf.models.votes import vote_loss
 
 NAN = float("nan")
 
-
-def question(name, *answers, asked_after=()):
-    return {
-        "name": name,
-        "asked_after": list(asked_after),
-        "answers": [{"name": answer, "vote_column": f"{name}_{answer}"} for answer in answers],
-    }
-
-
 TREE = {
     "name": "small",
-    "questions": [question("shape", "smooth", "disk"), question("bar", "yes", "no", asked_after=["shape_disk"])],
+    "questions": [
+        make_question("shape", "smooth", "disk"),
+        make_question("bar", "yes", "no", asked_after=["shape_disk"]),
+    ],
 }
 CONCENTRATIONS = [[8, 2, 5, 5], [3, 1, 1, 3], [1, 9, 2, 8], [4, 4, 7, 3]]
 VOTES = [[18, 2, 0, 0], [1, 9, NAN, NAN], [0, 20, 1, 9], [3, 1, 1, 0]]
@@ -167,7 +162,7 @@ def test_bad_input_is_refused(concentrations, votes, message):
 
 
 def test_scores_count_the_galaxies_behind_them():
-    tree = {"name": "rings", "questions": [question("ring", "yes", "no")]}
+    tree = {"name": "rings", "questions": [make_question("ring", "yes", "no")]}
     votes = [[9, 1], [8, 2], [0, 9], [0, 0], [NAN, NAN], [0, 10]]
     scores = score_votes([[3, 1]] * 6, votes, tree)
     # 0.9 and 1 are above 0.8 with ten votes; the expected fraction of "yes" is 0.75 everywhere.

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from small_trees import make_question
 
 from zoobot_hf.data.decision_tree import load_survey, survey_names
 from zoobot_hf.models.votes import (
@@ -17,23 +18,14 @@ from zoobot_hf.models.votes import (
 
 NAN = float("nan")
 
-
-def question(name, *answers, asked_after=()):
-    return {
-        "name": name,
-        "asked_after": list(asked_after),
-        "answers": [{"name": answer, "vote_column": f"{name}_{answer}"} for answer in answers],
-    }
-
-
 # smooth -> round; disk -> bar; merging after smooth or disk: two paths.
 TREE = {
     "name": "small",
     "questions": [
-        question("shape", "smooth", "disk", "artifact"),
-        question("bar", "yes", "no", asked_after=["shape_disk"]),
-        question("merging", "yes", "no", asked_after=["shape_smooth", "shape_disk"]),
-        question("ends", "yes", "no", asked_after=["bar_yes", "merging_yes"]),
+        make_question("shape", "smooth", "disk", "artifact"),
+        make_question("bar", "yes", "no", asked_after=["shape_disk"]),
+        make_question("merging", "yes", "no", asked_after=["shape_smooth", "shape_disk"]),
+        make_question("ends", "yes", "no", asked_after=["bar_yes", "merging_yes"]),
     ],
 }
 LAYOUT = tree_layout(TREE)
@@ -228,14 +220,14 @@ def test_a_layout_says_what_belongs_where():
 
 
 def test_a_loop_is_refused_by_name():
-    first, second = question("a", "1", "2", asked_after=["b_1"]), question("b", "1", "2", asked_after=["a_1"])
+    first, second = make_question("a", "1", "2", asked_after=["b_1"]), make_question("b", "1", "2", asked_after=["a_1"])
     with pytest.raises(ValueError, match="decision_tree has a loop among a, b; ask one of them after an earlier"):
         tree_layout({"name": "loop", "questions": [TREE["questions"][0], first, second]})
 
 
 def test_an_unknown_parent_is_refused_by_name():
     with pytest.raises(ValueError, match="the question 'a' is asked after b_1, which the decision tree 'bad' doesn't"):
-        tree_layout({"name": "bad", "questions": [question("a", "1", "2", asked_after=["b_1"])]})
+        tree_layout({"name": "bad", "questions": [make_question("a", "1", "2", asked_after=["b_1"])]})
 
 
 @pytest.mark.parametrize("values", [{}, {"name": "x", "questions": [3]}, {"name": "x", "questions": None}, 3])
@@ -244,7 +236,7 @@ def test_what_is_no_tree_is_refused(values):
         tree_layout(values)
 
 
-@pytest.mark.parametrize("questions", [[], [question("a", "1")], [question("a", "1", "2")] * 2])
+@pytest.mark.parametrize("questions", [[], [make_question("a", "1")], [make_question("a", "1", "2")] * 2])
 def test_a_tree_without_questions_or_with_repeats_is_refused(questions):
     with pytest.raises(ValueError, match="'bad' needs questions of two or more answers, each with its own names"):
         tree_layout({"name": "bad", "questions": questions})
