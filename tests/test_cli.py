@@ -835,6 +835,9 @@ def test_failures_of_a_survey_are_told(galaxy_folder, model_folder, tmp_path, zo
     assert outcome.status == 1
     assert "1 of 40 galaxies can't be predicted; their reasons:" in outcome.errors
     assert pd.read_parquet(tmp_path / "survey/failures.parquet")["id_str"].tolist() == ["galaxy_03"]
+    outcome = zoobot_hf("embed", "--model", model_folder, "--images", galaxy_folder, "--output", tmp_path / "embedded")
+    assert outcome.status == 1
+    assert "1 of 40 galaxies can't be embedded; their reasons:" in outcome.errors
     line = refused(*predict, tmp_path / "table.csv", "--max_failures", "3")
     assert "max_failures is for an output folder" in line
 

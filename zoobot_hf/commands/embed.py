@@ -3,15 +3,13 @@
 import argparse
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..models.conversion import image_processor_for
 from ..models.modeling_zoobot import ZoobotModel
 from ..prediction.embeddings import embed_survey
 from ..training.embedding_cache import DTYPES
 from .inputs import choose_device, find_images
-from .messages import complain
 from .options import add_batches, add_device, add_hub_dataset, add_image_processing, add_survey
+from .predict import report_survey
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +55,7 @@ def run(options: argparse.Namespace) -> int:
         retry_failures=options.retry_failures,
         max_failures=options.max_failures,
     )
-    if PartialState().is_main_process:
-        print(f"{done.galaxies - done.failures} galaxies: {done.folder / 'embeddings'}")
-        if done.failures:
-            path = done.folder / "failures.parquet"
-            complain(f"{done.failures} of {done.galaxies} galaxies can't be embedded; their reasons: {path}")
-    return 1 if done.failures else 0
+    return report_survey(done, contents="embeddings", participle="embedded")
 
 
 def _dimensions_or_path(text: str) -> int | Path:

@@ -51,11 +51,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.embeddings is not None:
-        return _report(_predict_embeddings(options))
-    if not options.output.suffix:
-        return _report(_predict_survey(options))
-    return _predict_table(options)
+    if options.embeddings is None and options.output.suffix:
+        return _predict_table(options)
+    done = _predict_survey(options) if options.embeddings is None else _predict_embeddings(options)
+    return report_survey(done, contents="predictions", participle="predicted")
+
+
+def report_survey(done: Survey, *, contents: str, participle: str) -> int:
+    """The exit status of a run into a folder; the main process says what the run left there."""
+    if PartialState().is_main_process:
+        print(f"{done.galaxies - done.failures} galaxies: {done.folder / contents}")
+        if done.failures:
+            path = done.folder / "failures.parquet"
+            complain(f"{done.failures} of {done.galaxies} galaxies can't be {participle}; their reasons: {path}")
+    return 1 if done.failures else 0
 
 
 def _predict_survey(options: argparse.Namespace) -> Survey:
@@ -98,15 +107,6 @@ def _predict_embeddings(options: argparse.Namespace) -> Survey:
         retry_failures=options.retry_failures,
         max_failures=options.max_failures,
     )
-
-
-def _report(done: Survey) -> int:
-    if PartialState().is_main_process:
-        print(f"{done.galaxies - done.failures} galaxies: {done.folder / 'predictions'}")
-        if done.failures:
-            path = done.folder / "failures.parquet"
-            complain(f"{done.failures} of {done.galaxies} galaxies can't be predicted; their reasons: {path}")
-    return 1 if done.failures else 0
 
 
 def _predict_table(options: argparse.Namespace) -> int:
