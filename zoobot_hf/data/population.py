@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from zoobot_hf.data.simulation import NATIVE_PIXEL_ARCSEC, RADIUS_IN_SURVEY_FRAME, REGULAR, SURVEY_SIZE
+from zoobot_hf.data.simulation import NATIVE_PIXEL_ARCSEC, REGULAR, SURVEY_SIZE, survey_pixel_arcsec
 
 KINDS = {"elliptical": 0.18, "lenticular": 0.31, "spiral": 0.27, "irregular": 0.24}
 MERGING_SHARE = 0.1
@@ -77,7 +77,7 @@ def _share(rng: np.random.Generator, mean: float, scatter: float) -> float:
 
 def _frame(rng: np.random.Generator, frame: float) -> dict[str, float]:
     half_light_arcsec = _log_normal(rng, 4.4, 0.45)
-    pixel_arcsec = max(half_light_arcsec / RADIUS_IN_SURVEY_FRAME, 0.1)
+    pixel_arcsec = survey_pixel_arcsec(half_light_arcsec)
     return {
         "half_light_arcsec": half_light_arcsec,
         "disk_radius_px": half_light_arcsec / pixel_arcsec * _log_normal(rng, 1.45, 0.4),

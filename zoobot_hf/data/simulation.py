@@ -261,6 +261,16 @@ def jpeg_of(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
+def survey_pixel_arcsec(half_light_arcsec: float) -> float:
+    """Height and width in arcseconds of a pixel of the survey's frame, which follows the galaxy's size.
+
+    Args:
+        half_light_arcsec: The galaxy's apparent half-light radius, arcseconds.
+    """
+    # Galaxy Zoo DECaLS stops zooming in at 0.1 arcseconds a pixel: smaller galaxies are smaller in the frame.
+    return max(half_light_arcsec / RADIUS_IN_SURVEY_FRAME, 0.1)
+
+
 def _check_at_least(name: str, value: int, smallest: int) -> None:
     if value < smallest:
         raise ValueError(f"{name} is {value}, allowed is {smallest} or more: pass a larger {name}.")
@@ -310,8 +320,7 @@ def _log_normal(rng: np.random.Generator, median: float, scatter: float) -> floa
 
 def _frame_parameters(rng: np.random.Generator) -> dict[str, float]:
     half_light_arcsec = _log_normal(rng, 4.4, 0.4)
-    # Galaxy Zoo DECaLS stops zooming in at 0.1 arcseconds a pixel: smaller galaxies are smaller in the frame.
-    pixel_arcsec = max(half_light_arcsec / RADIUS_IN_SURVEY_FRAME, 0.1)
+    pixel_arcsec = survey_pixel_arcsec(half_light_arcsec)
     return {
         "half_light_arcsec": half_light_arcsec,
         "disk_radius_px": half_light_arcsec / pixel_arcsec * _log_normal(rng, 1.5, 0.28),
