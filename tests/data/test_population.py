@@ -1,9 +1,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from plain_disks import draw_plain_disk
 
 from zoobot_hf.data.population import KINDS, draw_survey_parameters
-from zoobot_hf.data.simulation import draw_galaxies, draw_light, draw_parameters
+from zoobot_hf.data.simulation import draw_galaxies, draw_light
 
 SIZE = 97  # odd: the centre is a pixel
 
@@ -11,20 +12,7 @@ SIZE = 97  # odd: the centre is a pixel
 @pytest.fixture
 def plain_disk():
     """A face-on disk without structure, its half-light radius 10 pixels."""
-    return draw_parameters(1, seed=0, size=SIZE).assign(
-        disk_radius_px=10.0,
-        surface_brightness=50.0,
-        bulge_to_total=1e-9,
-        inclination_deg=0.0,
-        position_angle_deg=0.0,
-        lopsidedness=0.0,
-        lens_strength=0.0,
-        bar_strength=0.0,
-        spiral_strength=0.0,
-        ring_strength=0.0,
-        gap_depth=0.0,
-        neighbour_count=0,
-    )
+    return draw_plain_disk(size=SIZE, radius=10.0)
 
 
 def light_of(parameters):

@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import ClassLabel, Image
+from plain_disks import draw_plain_disk
 
 from zoobot_hf.data.simulation import (
     draw_galaxies,
@@ -17,21 +18,7 @@ SIZE = 129  # odd: the centre is a pixel
 @pytest.fixture
 def plain_disk() -> pd.DataFrame:
     """A face-on, symmetric disk with no bulge to speak of, no structure and no neighbours."""
-    return draw_parameters(1, seed=0, size=SIZE).assign(
-        disk_radius_px=14.0,
-        disk_sersic_index=1.0,
-        surface_brightness=50.0,
-        bulge_to_total=1e-9,
-        inclination_deg=0.0,
-        position_angle_deg=0.0,
-        lopsidedness=0.0,
-        lens_strength=0.0,
-        bar_strength=0.0,
-        spiral_strength=0.0,
-        ring_strength=0.0,
-        gap_depth=0.0,
-        neighbour_count=0,
-    )
+    return draw_plain_disk(size=SIZE, radius=14.0).assign(disk_sersic_index=1.0)
 
 
 def light_of(parameters: pd.DataFrame) -> np.ndarray:
