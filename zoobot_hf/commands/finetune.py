@@ -39,6 +39,7 @@ COLUMNS_OF_VOTES = {
     "vote_log_likelihood": "log likelihood",
     "vote_interval_coverage": "coverage",
 }
+Stages = tuple[FrozenStageArguments, UnfrozenStageArguments]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "that answers another survey starts from the answers that both share",
     )
     parser.add_argument("--output_dir", required=True, type=Path, help="where model, card, table and figures go")
+    _add_splits(parser)
+    _add_sky_and_decision(parser)
+    _add_balance_and_folds(parser)
+    _add_stages(parser)
+    parser.add_argument("--license", metavar="NAME", help="the model's licence on its card, for example apache-2.0")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="push the finetuned model to this repository")
+    _add_earlier_run(parser)
+    add_seed(parser)
+    add_device(parser)
+    parser.set_defaults(advice="; go on with --resume")
+
+
+def _add_splits(parser: argparse.ArgumentParser) -> None:
     for name in FRACTIONS:
         split = name.removesuffix("_fraction")
         parser.add_argument(
@@ -57,6 +71,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             type=float,
             help=f"share of the galaxies in the {split} split, unless the dataset has one (default: {FRACTION})",
         )
+
+
+def _add_sky_and_decision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sky_prevalence",
         nargs="+",
@@ -75,6 +92,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=number(float, above=0, at_most=1),
         help="the purity or completeness to be reached in the sky",
     )
+
+
+def _add_balance_and_folds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--balance", choices=get_args(Strategy), help="balance the classes of the training split")
     parser.add_argument(
         "--folds",
@@ -83,13 +103,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "all of them but a fold for validation; its card has the scores of the folds, and their label audit goes to a "
         "folder beside output_dir",
     )
-    _add_training_options(parser)
-    add_seed(parser)
-    add_device(parser)
-    parser.set_defaults(advice="; go on with --resume")
 
 
-def _add_training_options(parser: argparse.ArgumentParser) -> None:
+def _add_stages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head_type", choices=HEAD_TYPES, default="linear", help="(default: %(default)s)")
     parser.add_argument(
         "--frozen_epochs",
@@ -106,8 +122,9 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         type=number(int, 1),
         help="unfreeze only this many of the encoder's last blocks (default: all)",
     )
-    parser.add_argument("--license", metavar="NAME", help="the model's licence on its card, for example apache-2.0")
-    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="push the finetuned model to this repository")
+
+
+def _add_earlier_run(parser: argparse.ArgumentParser) -> None:
     earlier_run = parser.add_mutually_exclusive_group()
     earlier_run.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
     earlier_run.add_argument("--overwrite", action="store_true", help="delete the run in output_dir and start anew")
@@ -116,44 +133,19 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     choose_device(options.device)
     tree = _choose_tree(options)
-    if options.push_to_hub:
-        check_push(options.push_to_hub)
-    if options.folds is not None:
-        _check_before_folds(options)
+    _check_before_training(options)
     galaxies = load_dataset(options) if tree is None else load_votes(options, tree)
     dataset = _split(options, galaxies) if options.folds is None else None
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
     set_seed(options.seed)  # the new head's weights
-    model = _load_model(options, galaxies, tree)
-    frozen, unfrozen = stage_arguments(options)
-    if options.frozen_epochs is not None:
-        frozen.num_train_epochs = options.frozen_epochs
-    if options.unfrozen_epochs is not None:
-        unfrozen.num_train_epochs = options.unfrozen_epochs
-    unfrozen.last_blocks = options.last_blocks
+    model = _load_model(options, galaxies, tree=tree)
+    stages = _read_stages(options)
     out_of_fold = None
     if dataset is None:
         assert isinstance(model, ZoobotForImageClassification)  # with a survey, folds are refused
-        out_of_fold = _cross_validate(options, model, processor, galaxies, frozen, unfrozen)
+        out_of_fold = _cross_validate(options, model, processor=processor, galaxies=galaxies, stages=stages)
         dataset = split_for_final_model(out_of_fold, galaxies)
-    finetuned = finetune(
-        model,
-        processor,
-        dataset,
-        options.output_dir,
-        frozen=frozen,
-        unfrozen=unfrozen,
-        skip_unfrozen=options.unfrozen_epochs == 0,
-        balance=options.balance,
-        out_of_fold=out_of_fold,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        dataset_name=Path(options.dataset).name if Path(options.dataset).exists() else options.dataset,
-        sky_prevalence=_sky_prevalence(options) if out_of_fold is None else None,
-        decision_aim=options.decision_aim,
-        decision_at_least=options.decision_at_least,
-        license_name=options.license,
-    )
+    finetuned = _finetune(options, model, processor=processor, dataset=dataset, stages=stages, out_of_fold=out_of_fold)
     if PartialState().is_main_process:
         print_report(finetuned)
         if options.push_to_hub:
@@ -171,8 +163,12 @@ def _choose_tree(options: argparse.Namespace) -> DecisionTree | None:
     return load_tree(options.survey) if options.survey.endswith(".json") else load_survey(options.survey)
 
 
-def _check_before_folds(options: argparse.Namespace) -> None:
-    """Refuses now what would be refused after the folds."""
+def _check_before_training(options: argparse.Namespace) -> None:
+    """Refuses now what would be refused after hours of training."""
+    if options.push_to_hub:
+        check_push(options.push_to_hub)
+    if options.folds is None:
+        return
     for name in FRACTIONS:
         if getattr(options, name) is not None:
             raise ValueError(f"{name} is for a model that is tested on a split of its own; leave it out with folds.")
@@ -186,12 +182,23 @@ def _split(options: argparse.Namespace, galaxies: Dataset | DatasetDict) -> Data
     return split_dataset(galaxies, seed=options.seed, validation_fraction=validation, test_fraction=test)
 
 
+def _read_stages(options: argparse.Namespace) -> Stages:
+    """How the frozen and the unfrozen stage train, of the folds and of the final model alike."""
+    frozen, unfrozen = stage_arguments(options)
+    if options.frozen_epochs is not None:
+        frozen.num_train_epochs = options.frozen_epochs
+    if options.unfrozen_epochs is not None:
+        unfrozen.num_train_epochs = options.unfrozen_epochs
+    unfrozen.last_blocks = options.last_blocks
+    return frozen, unfrozen
+
+
 def _sky_prevalence(options: argparse.Namespace) -> dict[str, float] | None:
     return dict(options.sky_prevalence) if options.sky_prevalence else None
 
 
 def _load_model(
-    options: argparse.Namespace, galaxies: Dataset | DatasetDict, tree: DecisionTree | None
+    options: argparse.Namespace, galaxies: Dataset | DatasetDict, *, tree: DecisionTree | None
 ) -> ZoobotForImageClassification | ZoobotForGalaxyZoo:
     if tree is not None:
         return ZoobotForGalaxyZoo.from_pretrained(
@@ -205,11 +212,12 @@ def _load_model(
 def _cross_validate(
     options: argparse.Namespace,
     model: ZoobotForImageClassification,
+    *,
     processor: ZoobotImageProcessor,
     galaxies: Dataset | DatasetDict,
-    frozen: FrozenStageArguments,
-    unfrozen: UnfrozenStageArguments,
+    stages: Stages,
 ) -> CrossValidation:
+    frozen, unfrozen = stages
     result = cross_validate(
         model,
         processor,
@@ -238,6 +246,36 @@ def _report_folds(result: CrossValidation) -> None:
         for name in names:
             print("{:40}{:8.3f}  {:.3f} to {:.3f}".format(f"{name.replace('_', ' ')} of {label}", *scores[name]))
     print(f"{int(result.doubtful['is_doubtful'].sum())} labels are doubtful")
+
+
+def _finetune(
+    options: argparse.Namespace,
+    model: ZoobotForImageClassification | ZoobotForGalaxyZoo,
+    *,
+    processor: ZoobotImageProcessor,
+    dataset: DatasetDict,
+    stages: Stages,
+    out_of_fold: CrossValidation | None,
+) -> Finetuned:
+    frozen, unfrozen = stages
+    return finetune(
+        model,
+        processor,
+        dataset,
+        options.output_dir,
+        frozen=frozen,
+        unfrozen=unfrozen,
+        skip_unfrozen=options.unfrozen_epochs == 0,
+        balance=options.balance,
+        out_of_fold=out_of_fold,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        dataset_name=Path(options.dataset).name if Path(options.dataset).exists() else options.dataset,
+        sky_prevalence=_sky_prevalence(options) if out_of_fold is None else None,
+        decision_aim=options.decision_aim,
+        decision_at_least=options.decision_at_least,
+        license_name=options.license,
+    )
 
 
 def print_report(finetuned: Finetuned) -> None:
