@@ -2,10 +2,10 @@
 
 Every answer has a score that rises with what the galaxy's true parameters show of it: a bar's strength, the thickness
 of a disk. The probability of an answer is the softmax of the scores, mixed with what people say who can't tell. The
-share of those, the confusion, grows with noise, distance (a galaxy that is small against the seeing) and, for what only
-a disk seen from above shows, inclination. Each galaxy also has some scatter in its scores that its image doesn't show,
-as real galaxies have. The strengths of all this are made up, so that votes look like Galaxy Zoo's; they are no
-measurement.
+share of those, the confusion, grows with noise, with distance (a galaxy that is small against the seeing), with
+inclination for what only a disk seen from above shows, and for questions about spiral arms as these fade. Each galaxy
+also has some scatter in its scores that its image doesn't show, as real galaxies have. The strengths of all this are
+made up, so that votes look like Galaxy Zoo's; they are no measurement.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ VOLUNTEERS = 40  # as in Galaxy Zoo DECaLS for what is worth it (Walmsley et al.
 SCATTER = 0.35  # of scores, from galaxy to galaxy
 
 # `Dataset.from_generator` keeps what it made on disk: raise this number when galaxies or answers change.
-DRAWING_VERSION = 1
+DRAWING_VERSION = 2
 
 # Streams of random numbers, apart from those of the drawing.
 SCATTER_STREAM, VOTE_STREAM = 200, 201
@@ -172,8 +172,7 @@ def answer_probabilities(parameters: pd.DataFrame, tree: DecisionTree, *, seed: 
         known = _known_answers(question, tree, scores)
         stop = start + len(known)
         seen = _softmax(np.stack(known, axis=1) + scatter[:, start:stop])
-        shown_from_above = _name(question, tree) in SHOWN_FROM_ABOVE
-        share = confusion["inclined" if shown_from_above else "any"][:, None]
+        share = confusion[_what_hides(_name(question, tree))][:, None]
         columns.append((1 - share) * seen + share * _guesses(question))
         start = stop
     return np.concatenate(columns, axis=1)
@@ -239,8 +238,9 @@ def _in_the_order_of_asking(tree: DecisionTree) -> list[Question]:
 
 # --- what volunteers see ---------------------------------------------------------------------------------------------
 
-# What a disk seen from the side hides.
-SHOWN_FROM_ABOVE = ("has-spiral-arms", "bar", "bulge-size", "spiral-winding", "spiral-arm-count", "ring")
+# What a disk seen from the side hides; and what nobody can tell of arms that can't be seen.
+SHOWN_FROM_ABOVE = ("has-spiral-arms", "bar", "bulge-size", "ring")
+SHOWN_BY_ARMS = ("spiral-winding", "spiral-arm-count")
 
 # What people answer who can't tell; any other answer gets the same share as the rest of its question.
 GUESSES = {"artifact": 0.15, "no": 2.0, "none": 2.0, "neither": 2.0, "more-than-4": 0.3, "4": 0.4, "cant-tell": 2.0}
@@ -250,15 +250,24 @@ def _guesses(question: Question) -> Floats:
     return _adding_up_to_one(np.array([GUESSES.get(answer.name, 1.0) for answer in question.answers]))
 
 
+def _what_hides(question: str) -> str:
+    if question in SHOWN_BY_ARMS:
+        return "faint arms"
+    return "inclined" if question in SHOWN_FROM_ABOVE else "any"
+
+
 def _confusion(parameters: pd.DataFrame) -> dict[str, Floats]:
-    """The share of volunteers who can't tell, 0.04 to 0.75: about any galaxy, and where inclination counts as well."""
+    """The share of volunteers who can't tell, 0.04 to 1, by what hides the answer: the least of it for any question."""
     noise = parameters["sky_noise"] / parameters["surface_brightness"]
     distance = parameters["psf_fwhm_px"] / parameters["disk_radius_px"]
     difficulty = np.log(20 * noise).clip(-1.5, 2.5) * 0.7 + np.log(4 * distance).clip(-1.5, 2.5) * 0.9
     inclination = np.clip((parameters["inclination_deg"] - 45) / 20, 0, 2.5)
+    inclined = 0.04 + 0.71 * _sigmoid(difficulty + inclination - 1.8)
+    arms_seen = _sigmoid(2 * _log_strength(parameters["spiral_strength"], 0.3) + 1)
     return {
         "any": 0.04 + 0.5 * _sigmoid(difficulty - 1.8),
-        "inclined": 0.04 + 0.71 * _sigmoid(difficulty + inclination - 1.8),
+        "inclined": inclined,
+        "faint arms": 1 - (1 - inclined) * arms_seen,
     }
 
 
