@@ -1,10 +1,13 @@
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
 
-from zoobot_hf import ZoobotImageProcessor
+from zoobot_hf import ZoobotForImageClassification, ZoobotImageProcessor
 from zoobot_hf.training import embedding_cache
 from zoobot_hf.training.embedding_cache import Views, clear_cache, compute_embeddings, list_cache, store_embeddings
 from zoobot_hf.training.head_grid import HeadGrid, StoredEmbeddings
@@ -150,6 +153,46 @@ def test_the_cache_is_listed_and_cleared(key, tmp_path):
     assert (listed.images, listed.views) == (20, 2)
     assert clear_cache(tmp_path) == listed.size
     assert list_cache(tmp_path) == []
+
+
+COMPUTE = """
+import sys
+from accelerate import PartialState
+from datasets import load_from_disk
+from zoobot_hf import ZoobotForImageClassification, ZoobotImageProcessor
+from zoobot_hf.training.embedding_cache import Views, compute_embeddings
+
+dataset, model, cache, output = sys.argv[1:]
+model, processor = ZoobotForImageClassification.from_pretrained(model), ZoobotImageProcessor(32)
+rows = compute_embeddings(
+    model, load_from_disk(dataset), processor, views=Views(3), cache_dir=cache, batch_size=3
+)
+rank = PartialState().process_index
+rows.to_parquet(f"{output}-{rank}.parquet")
+print(rank, PartialState().num_processes)
+"""
+
+
+def test_two_processes_share_the_work_and_store_what_one_does(layer_norm_model, galaxies, processor, tmp_path):
+    galaxies.save_to_disk(tmp_path / "galaxies")
+    layer_norm_model.save_pretrained(tmp_path / "model")
+    (tmp_path / "compute.py").write_text(COMPUTE)
+    # Without a GPU, accelerate's launcher starts several processes only when told --multi_gpu.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    folders = [tmp_path / name for name in ("compute.py", "galaxies", "model", "cache", "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *folders], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines()) == ["0 2", "1 2"]
+    (shared,) = list_cache(tmp_path / "cache")
+    model = ZoobotForImageClassification.from_pretrained(tmp_path / "model")
+    settings = {"views": Views(3), "cache_dir": tmp_path / "alone", "batch_size": 3}
+    alone = compute_embeddings(model, load_from_disk(tmp_path / "galaxies"), processor, **settings)
+    (single,) = list_cache(tmp_path / "alone")
+    assert shared.path.name == single.path.name
+    assert shared.path.read_bytes() == single.path.read_bytes()
+    for rank in (0, 1):
+        assert Dataset.from_parquet(f"{tmp_path}/out-{rank}.parquet")[:] == alone[:]
 
 
 def test_a_grid_of_heads_starts_as_the_models_head_and_gives_it_back(layer_norm_model, galaxies, processor, tmp_path):

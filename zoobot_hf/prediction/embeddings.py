@@ -23,7 +23,7 @@ from tqdm import tqdm
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 from zoobot_hf.training.embedding_cache import DTYPES, hash_weights
-from zoobot_hf.training.machine import InferenceRunner
+from zoobot_hf.training.machine import InferenceRunner, prepare_processes
 
 from .components import Components, fit_components, read_components, write_components
 from .galaxies import Classifier, Galaxy, Row, check_prevalence, inference_runner, read_outputs, run_galaxies
@@ -38,7 +38,6 @@ from .runs import (
     describe_run,
     finish_run,
     hash_text,
-    prepare_processes,
     read_manifest,
     run_shards,
     start_run,

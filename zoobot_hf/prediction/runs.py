@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -90,11 +89,6 @@ class Work(Protocol[PartOfWork]):
             kept: An earlier run's shard, whose failures are tried again.
             report: To be called with the number of galaxies that are done and those of them that failed.
         """
-
-
-def prepare_processes() -> None:
-    """Gives each process its GPU; told nothing, accelerate takes several processes without a GPU for single ones."""
-    PartialState(cpu=not torch.cuda.is_available())
 
 
 def describe_run(

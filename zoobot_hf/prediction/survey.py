@@ -15,6 +15,7 @@ import torch
 
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.training.embedding_cache import hash_weights
+from zoobot_hf.training.machine import prepare_processes
 
 from .galaxies import (
     Classifier,
@@ -35,7 +36,6 @@ from .runs import (
     describe_run,
     finish_run,
     hash_text,
-    prepare_processes,
     run_shards,
     start_run,
 )

@@ -35,7 +35,7 @@ from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 
 from .augmentation import NUMBERS_OF_A_TURN, margin_of_turns, turn_galaxies
-from .machine import InferenceRunner, default_batch_size
+from .machine import InferenceRunner, default_batch_size, prepare_processes
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +174,7 @@ def store_embeddings(
         raise ValueError(f"dtype is {dtype!r}; choose {' or '.join(DTYPES)}.")
     if "image" not in dataset.column_names:
         raise ValueError(f"the dataset has no column image; it has {', '.join(dataset.column_names)}.")
+    prepare_processes()
     undecoded = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
     identities = [_identify(image) for batch in undecoded.iter(1000) for image in batch["image"]]
     first_rows: dict[str, int] = {}

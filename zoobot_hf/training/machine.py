@@ -6,6 +6,7 @@ import os
 import sys
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +29,11 @@ def tune_memory_allocator() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 2**30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def prepare_processes() -> None:
+    """Gives each process its GPU; told nothing, accelerate takes several processes without a GPU for single ones."""
+    PartialState(cpu=not torch.cuda.is_available())
 
 
 def default_batch_size(device: torch.device) -> int:
