@@ -103,6 +103,18 @@ def test_confusion_grows_with_noise_distance_and_inclination(easy, hard, galaxie
     assert confused < clear - 0.1
 
 
+@pytest.mark.parametrize("question", ["spiral-winding-dr5", "spiral-arm-count-dr5"])
+def test_arms_that_can_not_be_seen_decide_no_answer(question, galaxies):
+    columns = [column for column in TREE.vote_columns if column.startswith(question)]
+    places = [TREE.vote_columns.index(column) for column in columns]
+
+    def spread_with(strength):
+        bright = galaxies.assign(spiral_strength=strength, inclination_deg=10.0)
+        return answer_probabilities(bright, TREE, seed=0)[:, places].std(axis=0).mean()
+
+    assert spread_with(0.0) < 0.1 * spread_with(2.0)
+
+
 def test_the_dataset_holds_images_votes_and_true_probabilities(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     settings = {"seed": 8, "size": 48, "frame": 159.0, "volunteers": 20}

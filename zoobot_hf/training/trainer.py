@@ -246,6 +246,8 @@ class FrozenStageTrainer(_StageTrainer):
         model.freeze_encoder()
         super().__init__(model, args, **kwargs)
         self.classifier = model
+        # By the datasets' identities, with the datasets, so that none of them passes its identity on.
+        self._stored_while_training: dict[int, tuple[Dataset, StoredEmbeddings]] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """What `Trainer.train` returns; the model has its new head.
@@ -269,6 +271,7 @@ class FrozenStageTrainer(_StageTrainer):
             output = super().train(*args, **kwargs)
         finally:
             self.train_dataset, self.model, self.model_wrapped = images, self.classifier, self.classifier
+            self._stored_while_training.clear()
         self.classifier.head.load_state_dict(grid.winner().state_dict())
         rate, decay = self.grid_settings[int(grid.winning_head)]
         logger.info(
@@ -345,6 +348,9 @@ class FrozenStageTrainer(_StageTrainer):
         return self._embeddings(dataset) if self.args.embedding_cache and is_images else dataset
 
     def _embeddings(self, dataset: Dataset, *, views: Views | None = None) -> StoredEmbeddings:
+        """A dataset's embeddings; in training, when the encoder can't change, what an earlier epoch opened."""
+        if id(dataset) in self._stored_while_training:
+            return self._stored_while_training[id(dataset)][1]
         stored = store_embeddings(
             self.classifier,
             dataset,
@@ -354,7 +360,10 @@ class FrozenStageTrainer(_StageTrainer):
             cache_dir=self.args.embedding_cache_dir,
             torch_compile=self.args.torch_compile,
         )
-        return StoredEmbeddings(stored, read_labels(dataset, self.classifier))
+        embeddings = StoredEmbeddings(stored, read_labels(dataset, self.classifier))
+        if isinstance(self.model, HeadGrid):
+            self._stored_while_training[id(dataset)] = dataset, embeddings
+        return embeddings
 
 
 class UnfrozenStageTrainer(_StageTrainer):
