@@ -33,7 +33,12 @@ from zoobot_hf import (
 )
 from zoobot_hf.data.simulation import SURVEY_SIZE
 from zoobot_hf.data.volunteers import read_probabilities, simulate_votes_dataset
-from zoobot_hf.evaluation.vote_metrics import coverage_of_probabilities, vote_metrics_for, vote_metrics_for_trainer
+from zoobot_hf.evaluation.vote_metrics import (
+    coverage_of_probabilities,
+    error_of_probabilities,
+    vote_metrics_for,
+    vote_metrics_for_trainer,
+)
 from zoobot_hf.evaluation.vote_plots import plot_vote_fractions
 
 # Drawn galaxies are this much wider than what the encoder sees of them, so that they can be turned.
@@ -151,8 +156,9 @@ def main() -> None:
             "test": vote_metrics_for(tree.to_dict()).compute(predictions=concentrations, references=votes),
         }
         if options.dataset == "simulated":
-            truth = read_probabilities(galaxies["test"], tree)
-            results["coverage of true probabilities"] = coverage_of_probabilities(concentrations, truth, tree.to_dict())
+            against_truth = concentrations, read_probabilities(galaxies["test"], tree), tree.to_dict()
+            results["error of true probabilities"] = error_of_probabilities(*against_truth)
+            results["coverage of true probabilities"] = coverage_of_probabilities(*against_truth)
         (folder / "training.json").write_text(json.dumps(results, indent=2))
         print(json.dumps({name: value for name, value in results.items() if name != "history"}, indent=2))
 

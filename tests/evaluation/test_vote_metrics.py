@@ -15,6 +15,7 @@ from zoobot_hf.evaluation.vote_metrics import (
     VoteMeanAbsoluteError,
     VoteRootMeanSquaredError,
     coverage_of_probabilities,
+    error_of_probabilities,
     score_votes,
     vote_metrics_for,
     vote_metrics_for_trainer,
@@ -112,6 +113,12 @@ def test_true_probabilities_are_inside_nine_tenths_of_the_intervals():
         0.5, abs=0.03
     )
     assert math.isnan(coverage_of_probabilities([[1, 1, 1, 1]], [[0.5, 0.5, NAN, NAN]], TREE)["bar"])
+
+
+def test_the_error_of_true_probabilities_holds_no_chance_of_votes():
+    errors = error_of_probabilities([[8, 2, 5, 5], [1, 1, 3, 1]], [[0.7, 0.3, NAN, NAN], [0.5, 0.5, 0.25, 0.75]], TREE)
+    assert errors == pytest.approx({"shape": 0.05, "bar": 0.5})
+    assert math.isnan(error_of_probabilities([[1, 1, 1, 1]], [[0.5, 0.5, NAN, NAN]], TREE)["bar"])
 
 
 def test_a_question_that_nobody_was_asked_is_undefined_and_left_out_of_the_mean():

@@ -283,6 +283,31 @@ def coverage_of_probabilities(
     return shares
 
 
+def error_of_probabilities(
+    concentrations: npt.ArrayLike, probabilities: npt.ArrayLike, decision_tree: dict[str, Any]
+) -> dict[str, float]:
+    """The mean distance between expected vote fractions and true answer probabilities, for simulated volunteers.
+
+    Unlike `VoteMeanAbsoluteError` it doesn't hold the chance scatter of a few volunteers' votes.
+
+    Args:
+        concentrations: As in `coverage_of_probabilities`.
+        probabilities: As in `coverage_of_probabilities`.
+        decision_tree: The survey's questions as plain values.
+
+    Returns:
+        The distance for each question, 0-1, over galaxies and answers; NaN for one without a galaxy.
+    """
+    layout = tree_layout(decision_tree)
+    distances = np.abs(expected_vote_fractions(concentrations, layout) - np.asarray(probabilities, dtype=np.float64))
+    errors = {}
+    for number, name in enumerate(layout.question_names):
+        of_question = distances[:, layout.question_of_answer == number]
+        known = ~np.isnan(of_question)
+        errors[name] = float(of_question[known].mean()) if known.any() else float("nan")
+    return errors
+
+
 def _asked_by_question(
     concentrations: Floats, votes: Floats, layout: TreeLayout, *, least_votes: int
 ) -> Iterator[tuple[str, _Asked]]:
