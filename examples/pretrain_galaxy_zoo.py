@@ -62,6 +62,13 @@ class Options:
     )
     galaxies: int = field(default=96000, metadata={"help": "How many galaxies are drawn to train on."})
     held_out: int = field(default=4000, metadata={"help": "How many are drawn to test on; half of it to validate."})
+    volunteers: int = field(
+        default=400,
+        metadata={
+            "help": "How many look at each drawn galaxy; more than a survey has, so that questions that few are "
+            "asked are learnt too."
+        },
+    )
     drawing_processes: int = field(default=2, metadata={"help": "How many processes draw them."})
     pixels: int = field(default=96, metadata={"help": "Height and width of the encoder's input."})
     zoom: float = field(default=2.0, metadata={"help": "How far the encoder looks into the centre of an image."})
@@ -91,6 +98,7 @@ def load(options: Options, tree: DecisionTree) -> DatasetDict:
             seed=options.seed,
             size=round(DRAWN_MARGIN * options.pixels),
             frame=DRAWN_MARGIN * SURVEY_SIZE / options.zoom,
+            volunteers=options.volunteers,
             first=first,
             processes=options.drawing_processes,
         )

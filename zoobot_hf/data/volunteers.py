@@ -4,8 +4,8 @@ Every answer has a score that rises with what the galaxy's true parameters show 
 of a disk. The probability of an answer is the softmax of the scores, mixed with what people say who can't tell. The
 share of those, the confusion, grows with noise, with distance (a galaxy that is small against the seeing), with
 inclination for what only a disk seen from above shows, and for questions about spiral arms as these fade. Each galaxy
-also has some scatter in its scores that its image doesn't show, as real galaxies have. The strengths of all this are
-made up, so that votes look like Galaxy Zoo's; they are no measurement.
+has some scatter of its own in the logarithms of the probabilities that its image doesn't show, as real galaxies have.
+The strengths of all this are made up, so that votes look like Galaxy Zoo's; they are no measurement.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,10 +26,10 @@ Floats = NDArray[np.floating[Any]]
 Scores = dict[str, Floats]
 
 VOLUNTEERS = 40  # as in Galaxy Zoo DECaLS for what is worth it (Walmsley et al. 2022, MNRAS 509, 3966)
-SCATTER = 0.35  # of scores, from galaxy to galaxy
+SCATTER = 0.25  # of the logarithms of probabilities, from galaxy to galaxy
 
 # `Dataset.from_generator` keeps what it made on disk: raise this number when galaxies or answers change.
-DRAWING_VERSION = 2
+DRAWING_VERSION = 3
 
 # Streams of random numbers, apart from those of the drawing.
 SCATTER_STREAM, VOTE_STREAM = 200, 201
@@ -171,9 +171,9 @@ def answer_probabilities(parameters: pd.DataFrame, tree: DecisionTree, *, seed: 
     for question in tree.questions:
         known = _known_answers(question, tree, scores)
         stop = start + len(known)
-        seen = _softmax(np.stack(known, axis=1) + scatter[:, start:stop])
         share = confusion[_what_hides(_name(question, tree))][:, None]
-        columns.append((1 - share) * seen + share * _guesses(question))
+        answered = (1 - share) * _softmax(np.stack(known, axis=1)) + share * _guesses(question)
+        columns.append(_softmax(np.log(answered) + scatter[:, start:stop]))
         start = stop
     return np.concatenate(columns, axis=1)
 
