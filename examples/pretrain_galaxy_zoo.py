@@ -110,8 +110,8 @@ def choose_encoder(options: Options) -> PreTrainedConfig:
     if options.encoder_config:
         return AutoConfig.from_pretrained(options.encoder_config)
     # A ResNet-18 of half its width. On two cores it takes 269 images a second where timm's convnext_atto takes 110, and
-    # it learns more from each: after 128,000 images its vote fractions were 0.110 off, the ConvNeXt's after 288,000
-    # 0.117.
+    # it learns more from each: after 128,000 images the fractions that it expected were 0.110 off the volunteers' true
+    # probabilities, the ConvNeXt's after 288,000 images 0.117.
     return ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 2, 2], layer_type="basic")
 
 

@@ -1,11 +1,12 @@
 """Measures this package through its public names, with its defaults.
 
-Tasks: `frozen` and `unfrozen`, the two stages; `prediction`, a catalog; `data`, the training transform alone;
-`stored_embeddings`, a frozen stage whose encoder costs next to nothing, so that what is left is the training on stored
-embeddings.
+Tasks: `frozen` and `unfrozen`, the two stages; `prediction`, a catalog, and `prediction_memory`, one once; `data`, the
+training transform alone; `stored_embeddings`, a frozen stage whose encoder costs next to nothing, so that what is left
+is the training on stored embeddings.
 """
 
 import io
+from itertools import product
 
 import numpy as np
 import torch
@@ -91,15 +92,29 @@ def train_unfrozen(options, clock):
 
 
 def predict_catalog(options, clock):
+    """The best of eager and compiled, at the default batch size and at the given one, as for the bare loop."""
+    rates = {}
+    for is_compiled, batch_size in product((False, True), (None, options.batch_size)):
+        torch.compiler.reset()
+        name = f"{'compiled' if is_compiled else 'eager'}, batch {batch_size or 'default'}"
+        rates[name] = rate_of_prediction(options, clock, batch_size=batch_size, torch_compile=is_compiled)
+    return {"images_per_second": max(rates.values()), "rates": rates}
+
+
+def predict_once(options, clock):
+    return {"images_per_second": rate_of_prediction(options, clock)}
+
+
+def rate_of_prediction(options, clock, **settings):
+    """Images per second, after a short catalog for warming up."""
     model, processor = load_model(options)
     catalog = read_catalog(options, "all")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    settings = {"batch_size": options.batch_size, "device": device}
-    predict_galaxies(model, processor, catalog.head(2 * options.batch_size), **settings)
+    predict_galaxies(model, processor, catalog.head(2 * options.batch_size), device=device, **settings)
     started = clock.seconds()
-    predictions = predict_galaxies(model, processor, catalog, **settings)
+    predictions = predict_galaxies(model, processor, catalog, device=device, **settings)
     assert len(predictions.table) == len(catalog)
-    return {"images_per_second": len(catalog) / (clock.seconds() - started)}
+    return len(catalog) / (clock.seconds() - started)
 
 
 class NoModel(torch.nn.Module):
@@ -178,6 +193,7 @@ if __name__ == "__main__":
             "frozen": train_frozen,
             "unfrozen": train_unfrozen,
             "prediction": predict_catalog,
+            "prediction_memory": predict_once,
             "data": prepare_data,
             "stored_embeddings": train_on_stored_embeddings,
         },

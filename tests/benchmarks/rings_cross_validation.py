@@ -2,7 +2,8 @@
 
     python tests/benchmarks/rings_cross_validation.py --encoder FOLDER_OR_ID --dataset CATALOG
 
-Each fold is the test split once; a fifth of the rest is the validation split that chooses epoch and stage.
+Each fold is the test split once; a fifth of the rest is the validation split that chooses epoch and stage. Repeats have
+other folds. The standard errors are those of one repeat, because the repeats share their galaxies.
 """
 
 import argparse
@@ -33,6 +34,8 @@ def main():
     parser.add_argument("--normalization", default="auto")
     parser.add_argument("--zoom", type=float)
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--untrained", action="store_true", help="the encoder's architecture with new weights")
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -40,38 +43,51 @@ def main():
     galaxies = load_galaxy_dataset(options.dataset, label_column=options.label_column)
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
     scores = {}
-    for number, splits in enumerate(split_folds(galaxies, folds=options.folds, seed=options.seed)):
-        labels = np.asarray(splits["test"]["label"])
-        set_seed(options.seed + number)
-        model = ZoobotForImageClassification.from_pretrained(
-            options.encoder, label_names=galaxies.features["label"].names
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            finetuned = finetune(
-                model,
-                processor,
-                splits,
-                Path(folder) / "run",
-                frozen=FrozenStageArguments(seed=options.seed, disable_tqdm=True),
-                unfrozen=UnfrozenStageArguments(seed=options.seed, disable_tqdm=True),
-            )
-        for stage in finetuned.stages:
-            logits = np.asarray(stage.test_outputs)
-            row = (
-                accuracy_score(labels, logits.argmax(axis=1)),
-                roc_auc_score(labels, logits[:, 1] - logits[:, 0]),
-                stage.test["log_loss"],
-                stage.seconds,
-            )
-            scores.setdefault(stage.name, []).append(row)
-            print(f"fold {number} {stage.name:8} accuracy {row[0]:.3f} ROC AUC {row[1]:.3f}", flush=True)
+    for repeat in range(options.repeats):
+        folds = split_folds(galaxies, folds=options.folds, seed=options.seed + repeat)
+        for number, splits in enumerate(folds):
+            for stage in finetune_on(splits, processor, options, seed=options.seed + options.folds * repeat + number):
+                row = score(stage, splits["test"]["label"])
+                scores.setdefault(stage.name, []).append(row)
+                print(
+                    f"repeat {repeat} fold {number} {stage.name:8} accuracy {row[0]:.3f} ROC AUC {row[1]:.3f}",
+                    flush=True,
+                )
 
-    print(f"\n{options.folds} folds of {len(galaxies)} galaxies: mean and its standard error")
+    print(f"\n{options.repeats} x {options.folds} folds of {len(galaxies)} galaxies: mean and its standard error")
     print(f"{'stage':10}{'accuracy':>16}{'ROC AUC':>16}{'log loss':>16}{'seconds':>10}")
     for name, rows in scores.items():
-        mean, error = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) / np.sqrt(len(rows))
+        mean, error = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) / np.sqrt(options.folds)
         cells = "".join(f"{m:8.3f} +- {e:.3f}" for m, e in zip(mean[:3], error[:3], strict=True))
         print(f"{name:10}{cells}{mean[3]:10.0f}")
+
+
+def finetune_on(splits, processor, options, *, seed):
+    """Both stages of one fold."""
+    set_seed(seed)
+    label_names = splits["test"].features["label"].names
+    model = ZoobotForImageClassification.from_pretrained(options.encoder, label_names=label_names)
+    if options.untrained:
+        model = ZoobotForImageClassification(model.config)
+    stage_arguments = {"seed": options.seed, "disable_tqdm": True}
+    with tempfile.TemporaryDirectory() as folder:
+        finetuned = finetune(
+            model,
+            processor,
+            splits,
+            Path(folder) / "run",
+            frozen=FrozenStageArguments(**stage_arguments),
+            unfrozen=UnfrozenStageArguments(**stage_arguments),
+        )
+    return finetuned.stages
+
+
+def score(stage, labels):
+    """Accuracy, ROC AUC, log loss and seconds."""
+    logits = np.asarray(stage.test_outputs)
+    labels = np.asarray(labels)
+    accuracy = accuracy_score(labels, logits.argmax(axis=1))
+    return accuracy, roc_auc_score(labels, logits[:, 1] - logits[:, 0]), stage.test["log_loss"], stage.seconds
 
 
 if __name__ == "__main__":
