@@ -363,9 +363,10 @@ def prepare(body):
     return script, environment
 
 
+# One piece of text, or what two processes print at the same time gets mixed.
 PREDICT = """
 from accelerate import PartialState
-print(predict(), PartialState().num_processes)
+sys.stdout.write(f"{predict()} {PartialState().num_processes}\\n")
 """
 # The second process kills itself at its second shard.
 PREDICT_AND_DIE = """

@@ -169,7 +169,7 @@ rows = compute_embeddings(
 )
 rank = PartialState().process_index
 rows.to_parquet(f"{output}-{rank}.parquet")
-print(rank, PartialState().num_processes)
+sys.stdout.write(f"{rank} {PartialState().num_processes}\\n")  # at once, or two processes' lines get mixed
 """
 
 
