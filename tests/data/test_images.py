@@ -1,3 +1,4 @@
+import io
 import struct
 import threading
 import warnings
@@ -9,7 +10,14 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from zoobot_hf.data.images import UnreadableImageError, check_images, find_unreadable_images, open_image
+from zoobot_hf.data.images import (
+    BATCHES_IN_A_TURN,
+    UnreadableImageError,
+    check_images,
+    find_unreadable_images,
+    open_image,
+    read_in_turns,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -64,6 +72,55 @@ def test_an_image_comes_out_as_it_was_saved(name, galaxy, tmp_path):
     path = saved(galaxy, tmp_path / name)
     for source in (path, str(path), path.read_bytes()):
         assert np.array_equal(np.asarray(open_image(source)), np.asarray(galaxy))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("settings", [{"quality": 90}, {"quality": 40, "subsampling": 0}, {"progressive": True}])
+def test_a_jpeg_comes_out_as_pil_decodes_it(mode, settings, galaxy, tmp_path):
+    path = tmp_path / "galaxy.jpg"
+    galaxy.convert(mode).save(path, **settings)
+    with Image.open(path) as expected:
+        for source in (path, path.read_bytes()):
+            assert np.array_equal(np.asarray(open_image(source)), np.asarray(expected))
+
+
+def test_a_damaged_jpeg_is_what_pil_makes_of_it(galaxy, tmp_path):
+    intact = saved(galaxy.resize((64, 64)), tmp_path / "galaxy.jpg").read_bytes()
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(100):
+        content = bytearray(intact)
+        content[generator.integers(200, len(content))] = generator.integers(256)
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                expected = np.asarray(image)
+        except OSError:
+            expected = None
+        outcomes.add(expected is None)
+        if expected is None:
+            with pytest.raises(UnreadableImageError):
+                open_image(bytes(content))
+        else:
+            assert np.array_equal(np.asarray(open_image(bytes(content))), expected)
+    assert outcomes == {True, False}
+
+
+def test_reading_in_turns_keeps_the_order_and_reads_nothing_beside_the_use():
+    was_read = []
+
+    def read(item):
+        was_read.append(item)
+        return -item
+
+    batches = read_in_turns(read, iter(range(50)), batch_size=3)
+    assert next(batches) == [0, -1, -2]
+    assert sorted(was_read) == list(range(3 * BATCHES_IN_A_TURN))
+    assert [number for batch in batches for number in batch] == [-number for number in range(3, 50)]
+
+
+def test_an_error_in_reading_in_turns_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        list(read_in_turns(lambda item: 1 / item, [1, 2, 0, 3], batch_size=2))
 
 
 @pytest.mark.parametrize("name", ["galaxy.png", "galaxy.jpg"])

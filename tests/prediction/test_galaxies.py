@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, predict_galaxies, read_galaxies
-from zoobot_hf.data.images import DECODING_THREADS
+from zoobot_hf.data.images import BATCHES_IN_A_TURN
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_regression_is_predicted_in_its_own_units(layer_norm_model, processor,
     assert table.iloc[:, 1:].to_numpy().min() > 0
 
 
-def test_only_two_batches_are_held_at_once(layer_norm_model, processor, catalog, monkeypatch):
+def test_no_more_images_are_held_than_are_read_in_a_turn(layer_norm_model, processor, catalog, monkeypatch):
     opened, predicted, ahead = [], [], []
 
     def count_opened(self, image, **keywords):
@@ -114,6 +114,6 @@ def test_only_two_batches_are_held_at_once(layer_norm_model, processor, catalog,
 
     monkeypatch.setattr(type(processor), "crop_and_resize", count_opened)
     monkeypatch.setattr(layer_norm_model, "forward", count_predicted)
-    predict_galaxies(layer_norm_model, processor, catalog, batch_size=5)
+    predict_galaxies(layer_norm_model, processor, catalog, batch_size=2)
     assert len(opened) == len(predicted) == 40
-    assert max(ahead) <= 3 * 5 + DECODING_THREADS
+    assert max(ahead) == BATCHES_IN_A_TURN * 2

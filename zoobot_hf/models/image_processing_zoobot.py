@@ -133,14 +133,14 @@ class ZoobotImageProcessor(BaseImageProcessor):
             ValueError: An image of another kind or without pixels.
         """
         picture = self._as_eight_bit(image)
-        shorter_side = min(picture.size)
+        height, width, _ = picture.shape
+        shorter_side = min(height, width)
         field = shorter_side / self.zoom
         wide_field = min(field * margin, shorter_side)
         pixels = round(self.pixels * wide_field / field)
         side = max(1, round(wide_field))
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        crop = np.array(picture.crop((left, top, left + side, top + side)))
-        planes = torch.from_numpy(crop.reshape(1, side, side, self.num_channels)).permute(0, 3, 1, 2)
+        left, top = (width - side) // 2, (height - side) // 2
+        planes = torch.from_numpy(picture[None, top : top + side, left : left + side]).permute(0, 3, 1, 2)
         # PyTorch's antialiased uint8 resize takes a third of the time of PIL's.
         return functional.interpolate(planes, (pixels, pixels), mode=INTERPOLATIONS[self.resample], antialias=True)[0]
 
@@ -150,18 +150,28 @@ class ZoobotImageProcessor(BaseImageProcessor):
         Args:
             images: uint8 or float, 0-255, (batch, channels, height, width).
         """
-        pixel_values = images.float() * self.rescale_factor
+        pixel_values = images * self.rescale_factor  # float32 for uint8 as well
         if not self.do_normalize:
             return pixel_values
         mean, std = (pixel_values.new_tensor(v).view(-1, 1, 1) for v in (self.image_mean, self.image_std))
         return (pixel_values - mean) / std
 
-    def _as_eight_bit(self, image: Any) -> Image.Image:
+    def _as_eight_bit(self, image: Any) -> NDArray[np.uint8]:
+        """The image as uint8, 0-255, (height, width, channels)."""
         if isinstance(image, dict):
             image = self._render(image)
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(_as_eight_bit_array(image))
-        if min(picture.size) == 0:
-            raise ValueError(f"the image has {picture.width} x {picture.height} pixels; at least 1 x 1 is needed.")
+        if not isinstance(image, Image.Image):
+            image = _as_eight_bit_array(image)
+            _check_size(image.shape[1], image.shape[0])
+            if image.ndim == 3 and image.shape[2] == self.num_channels:
+                return np.require(image, requirements=["C", "W"])  # what PyTorch takes; mostly it is that already
+            image = Image.fromarray(image)
+        _check_size(*image.size)
+        picture = self._without_alpha(image)
+        return np.array(picture).reshape(picture.height, picture.width, self.num_channels)
+
+    def _without_alpha(self, picture: Image.Image) -> Image.Image:
+        """The image in 8 bits, "RGB" or "L"."""
         if picture.mode in SIXTEEN_BIT_MODES:
             picture = Image.fromarray(_as_eight_bit_array(_as_sixteen_bit_array(picture)))
         if picture.mode == "F":
@@ -246,6 +256,11 @@ class ZoobotImageProcessor(BaseImageProcessor):
             raise ValueError(f"fits_lupton is {self.fits_lupton}; give a minimum, a stretch above 0 and Q above 0.")
         if not 0 <= self.fits_most_bad_pixels <= 1:
             raise ValueError(f"fits_most_bad_pixels is {self.fits_most_bad_pixels}; give a share from 0 to 1.")
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) == 0:
+        raise ValueError(f"the image has {width} x {height} pixels; at least 1 x 1 is needed.")
 
 
 def _as_sixteen_bit_array(picture: Image.Image) -> NDArray[np.uint16]:

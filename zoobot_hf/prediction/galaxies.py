@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zoobot_hf.data.images import UnreadableImageError, open_image, read_ahead
+from zoobot_hf.data.images import UnreadableImageError, open_image
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification, ZoobotPreTrainedModel
-from zoobot_hf.training.machine import InferenceRunner, default_batch_size
+from zoobot_hf.training.machine import InferenceRunner, default_batch_size, stack_images
 
 from .tables import survey_table
 
@@ -150,7 +150,7 @@ def run_galaxies(
         except OSError as error:
             return row, None, f"it can't be opened: {error.strerror or error}"
 
-    for batch in read_ahead(read, rows, batch_size=runner.batch_size):
+    for batch in runner.read(read, rows):
         outputs = _run([field for _, field, _ in batch], runner, processor, interpret=interpret)
         yield [_judge(row, field, reason, output) for (row, field, reason), output in zip(batch, outputs, strict=True)]
 
@@ -216,7 +216,7 @@ def _run(
     if shape is None:
         return [None] * len(fields)
     blank = torch.zeros(shape, dtype=torch.uint8)
-    images = torch.stack([blank if field is None else field for field in fields]).to(runner.device)
+    images = stack_images([blank if field is None else field for field in fields]).to(runner.device)
     return list(interpret(runner(processor.rescale_and_normalize(images))))
 
 

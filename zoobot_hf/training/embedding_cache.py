@@ -30,12 +30,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zoobot_hf.data.images import UnreadableImageError, open_image, read_ahead
+from zoobot_hf.data.images import UnreadableImageError, open_image
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 
 from .augmentation import NUMBERS_OF_A_TURN, margin_of_turns, turn_galaxies
-from .machine import InferenceRunner, default_batch_size, prepare_processes
+from .machine import InferenceRunner, default_batch_size, prepare_processes, stack_images
 
 logger = logging.getLogger(__name__)
 
@@ -363,8 +363,8 @@ def _run_encoder(
     draws = None if views is None else _draw_views(views, len(images))
     total = (stop - start) * file.views
     with tqdm(total=total, desc="embedding", unit="image", disable=not state.is_main_process) as progress:
-        for fields in read_ahead(read, range(start, stop), batch_size=runner.batch_size):
-            batch = torch.stack(fields).to(runner.device)
+        for fields in runner.read(read, range(start, stop)):
+            batch = stack_images(fields).to(runner.device)
             following = start + len(batch)
             outputs = []
             for view in range(file.views):
