@@ -177,9 +177,7 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], *, batch_s
             yield [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
 
 
-def read_in_turns(
-    read: Callable[[Item], Result], items: Iterable[Item], *, batch_size: int
-) -> Iterator[list[Result]]:
+def read_in_turns(read: Callable[[Item], Result], items: Iterable[Item], *, batch_size: int) -> Iterator[list[Result]]:
     """Batches of what `read` makes of each item, in order; several are read in threads, then used, then the next.
 
     For a network on the CPU: threads that decode beside it take turns with its own, which wait for each other at every
