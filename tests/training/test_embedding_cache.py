@@ -207,6 +207,22 @@ def test_a_grid_of_heads_starts_as_the_models_head_and_gives_it_back(layer_norm_
     assert torch.allclose(standardised.mean(0), torch.zeros(16), atol=1e-4)
 
 
+def test_all_heads_of_a_grid_train_on_the_same_dropped_out_embeddings(layer_norm_model, galaxies, processor, tmp_path):
+    stored = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path)
+    grid = HeadGrid(layer_norm_model, StoredEmbeddings(stored, torch.tensor(galaxies["label"])), count=2).train()
+    embeddings = stored.values[:, 0].repeat(500, 1)
+    seen = []
+    for head in grid.heads:
+        head[-1].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].detach()))
+    grid(embeddings, torch.zeros(len(embeddings), dtype=torch.long))
+    assert torch.equal(*seen)
+    share = layer_norm_model.config.head_dropout
+    is_kept = seen[0] != 0
+    assert abs(is_kept.float().mean() - (1 - share)) < 0.01
+    expected = grid.standardise(embeddings) / (1 - share)
+    assert torch.allclose(seen[0][is_kept], expected[is_kept])
+
+
 def test_the_head_of_lowest_validation_loss_wins(layer_norm_model, galaxies, processor, tmp_path):
     stored = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path)
     labelled = StoredEmbeddings(stored, torch.tensor(galaxies["label"]))

@@ -189,7 +189,7 @@ def read_in_turns(read: Callable[[Item], Result], items: Iterable[Item], *, batc
         batch_size: As in `read_ahead`.
     """
     remaining = iter(items)
-    with ThreadPoolExecutor(DECODING_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
         while results := list(pool.map(read, islice(remaining, BATCHES_IN_A_TURN * batch_size))):
             yield from (results[start : start + batch_size] for start in range(0, len(results), batch_size))
 
