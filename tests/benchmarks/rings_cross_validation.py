@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from prepare import split_folds
-from sklearn.metrics import accuracy_score, roc_auc_score
+from scipy.special import softmax
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 from transformers import set_seed
 
 from zoobot_hf import (
@@ -86,8 +87,13 @@ def score(stage, labels):
     """Accuracy, ROC AUC, log loss and seconds."""
     logits = np.asarray(stage.test_outputs)
     labels = np.asarray(labels)
-    accuracy = accuracy_score(labels, logits.argmax(axis=1))
-    return accuracy, roc_auc_score(labels, logits[:, 1] - logits[:, 0]), stage.test["log_loss"], stage.seconds
+    chances = softmax(logits, axis=1)[:, 1]
+    return (
+        accuracy_score(labels, chances > 0.5),
+        roc_auc_score(labels, chances),
+        log_loss(labels, chances),
+        stage.seconds,
+    )
 
 
 if __name__ == "__main__":
