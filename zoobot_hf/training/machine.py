@@ -90,7 +90,6 @@ class InferenceRunner:
         in_batches = read_in_turns if self.device.type == "cpu" else read_ahead
         return in_batches(read, items, batch_size=self.batch_size)
 
-    @torch.inference_mode()
     def __call__(self, pixel_values: Tensor) -> Tensor:
         """The first output of the module, float32, (batch, ...), on the CPU.
 
@@ -99,8 +98,12 @@ class InferenceRunner:
         """
         count = len(pixel_values)
         if count < self.batch_size:
+            # Not in inference mode: a tensor that was made there is of another kind, which is compiled anew.
             pixel_values = functional.pad(pixel_values, (0, 0, 0, 0, 0, 0, 0, self.batch_size - count))
-        inputs = pixel_values.to(self.device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+        ):
+            inputs = pixel_values.to(self.device).contiguous(memory_format=torch.channels_last)
             output = self.module(pixel_values=inputs)[0]
-        return output[:count].float().cpu()
+            return output[:count].float().cpu()
