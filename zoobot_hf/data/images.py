@@ -181,7 +181,8 @@ def read_in_turns(read: Callable[[Item], Result], items: Iterable[Item], *, batc
     """Batches of what `read` makes of each item, in order; several are read in threads, then used, then the next.
 
     For a network on the CPU: threads that decode beside it take turns with its own, which wait for each other at every
-    layer. MobileNetV2 from JPEG files on two cores reached 0.88 of what it does on pixels, and 0.80 with `read_ahead`.
+    layer. Compiled, MobileNetV2 from JPEG files on two cores reached 0.79 of what it does on pixels, and 0.77 with
+    `read_ahead`: medians of three runs of tests/benchmarks/reading.py.
 
     Args:
         read: As in `read_ahead`.
