@@ -292,6 +292,12 @@ def timm_model(tiny_models):
 
 
 @pytest.fixture
+def timm_convnext_model(tiny_models):
+    """A ConvNeXt through timm, as most of Zoobot's encoders are: a LayerNorm follows the last block."""
+    return copy.deepcopy(tiny_models["timm_convnext"])
+
+
+@pytest.fixture
 def processor():
     """The tiny models' image processor."""
     from zoobot_hf import ZoobotImageProcessor

@@ -9,7 +9,7 @@ from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrap
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification
 
-SMALL_TIMM = {"architecture": "test_efficientnet", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+SMALL_TIMM = {"num_classes": 0, "pretrained_cfg": {"input_size": [3, 32, 32]}}
 ENCODERS = {
     "layer_norm": ConvNextConfig(
         hidden_sizes=[8, 8, 16, 16],
@@ -28,7 +28,8 @@ ENCODERS = {
         image_size=32,
         patch_size=8,
     ),
-    "timm": TimmWrapperConfig.from_dict(SMALL_TIMM),
+    "timm": TimmWrapperConfig.from_dict({**SMALL_TIMM, "architecture": "test_efficientnet"}),
+    "timm_convnext": TimmWrapperConfig.from_dict({**SMALL_TIMM, "architecture": "test_convnext"}),
 }
 
 
@@ -38,7 +39,7 @@ def tiny_model(name):
     labels = {0: "not ring", 1: "ring"}
     config = ZoobotConfig(ENCODERS[name], id2label=labels, label2id={name: i for i, name in labels.items()})
     model = ZoobotForImageClassification(config).eval()
-    if name == "timm":
+    if name.startswith("timm"):
         # From the weights that transformers starts with, so many layers give every image the same embedding.
         for parameter in model.encoder.parameters():
             if parameter.ndim == 4:

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForImageClassification, MobileNetV2
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotModel
 from zoobot_hf.models.heads import fold_calibration
 
-MODELS = ["layer_norm_model", "batch_norm_model", "vit_model", "timm_model"]
+MODELS = ["layer_norm_model", "batch_norm_model", "vit_model", "timm_model", "timm_convnext_model"]
 WITH_CHECKPOINTING = ["vit_model", "timm_model"]
 WITHOUT_CHECKPOINTING = ["layer_norm_model", "batch_norm_model"]
 
@@ -465,6 +465,7 @@ def test_every_parameter_is_in_one_block(any_model):
         ("batch_norm_model", "embedder.embedder.convolution.weight", "encoder.stages.1.layers.0.layer.0"),
         ("vit_model", "embeddings.cls_token", "layers.2."),
         ("timm_model", "timm_model.conv_stem.weight", "timm_model.blocks.4.0.conv_pw.weight"),
+        ("timm_convnext_model", "timm_model.stem.0.weight", "timm_model.stages.3.blocks.0.conv_dw.weight"),
     ],
 )
 def test_blocks_run_from_the_input_upwards(name, first, last, request):
@@ -479,6 +480,7 @@ def test_blocks_run_from_the_input_upwards(name, first, last, request):
         ("layer_norm_model", "layernorm.weight"),
         ("vit_model", "pooler.dense.weight"),
         ("timm_model", "conv_head.weight"),
+        ("timm_convnext_model", "head.norm.weight"),
     ],
 )
 def test_what_follows_the_last_block_belongs_to_it(name, ending, request):

@@ -57,7 +57,7 @@ def unfrozen_arguments(folder, **changes):
     return UnfrozenStageArguments(output_dir=str(folder), **{**settings, **changes})
 
 
-@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model"])
+@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model", "timm_convnext_model"])
 def test_the_frozen_stage_moves_the_head_and_not_a_bit_of_the_encoder(name, request, galaxies, processor, tmp_path):
     model = request.getfixturevalue(name)
     encoder, head = state_of(model.encoder), state_of(model.head)
@@ -66,7 +66,7 @@ def test_the_frozen_stage_moves_the_head_and_not_a_bit_of_the_encoder(name, requ
     assert moved(head, model.head.state_dict()) == set(head)
 
 
-@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model"])
+@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model", "timm_convnext_model"])
 def test_the_unfrozen_stage_moves_every_weight_and_no_statistics(name, request, galaxies, processor, tmp_path):
     model = request.getfixturevalue(name)
     before = state_of(model)
@@ -76,7 +76,7 @@ def test_the_unfrozen_stage_moves_every_weight_and_no_statistics(name, request, 
     assert moved(before, model.state_dict()) == weights
 
 
-@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model"])
+@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model", "timm_convnext_model"])
 def test_with_last_blocks_only_the_head_and_these_blocks_move(name, request, galaxies, processor, tmp_path):
     model = request.getfixturevalue(name)
     before = state_of(model)

@@ -322,7 +322,8 @@ def _timm_blocks(timm_model: nn.Module) -> list[set[str]]:
     blocks = [set(names) for _, names in sorted(groups.items())]
     parameters = dict(timm_model.named_parameters())
     if len(blocks) > 1 and all(parameters[name].ndim == 1 for name in blocks[-1]):
-        blocks[-2] |= blocks.pop()  # the final norm alone is no block
+        final_norm = blocks.pop()  # alone it is no block
+        blocks[-1] |= final_norm
     return [{f"timm_model.{name}" for name in names} for names in blocks]
 
 
