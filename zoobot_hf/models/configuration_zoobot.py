@@ -57,6 +57,12 @@ class ZoobotConfig(PreTrainedConfig):
 
     model_type = "zoobot"
     sub_configs = {"encoder_config": AutoConfig}  # noqa: RUF012  transformers declares it so
+    # Some versions of transformers (5.17) refuse a problem type that isn't one of theirs; `_check` knows "votes" too.
+    __validators__ = {  # noqa: RUF012
+        name: validators
+        for name, validators in getattr(PreTrainedConfig, "__validators__", {}).items()
+        if name != "problem_type"
+    }
 
     def __init__(
         self,
