@@ -1,4 +1,6 @@
 import io
+import math
+import os
 import struct
 import threading
 import warnings
@@ -12,6 +14,7 @@ from PIL import Image
 
 from zoobot_hf.data.images import (
     BATCHES_IN_A_TURN,
+    ReadingProcesses,
     UnreadableImageError,
     check_images,
     find_unreadable_images,
@@ -121,6 +124,26 @@ def test_reading_in_turns_keeps_the_order_and_reads_nothing_beside_the_use():
 def test_an_error_in_reading_in_turns_is_raised():
     with pytest.raises(ZeroDivisionError):
         list(read_in_turns(lambda item: 1 / item, [1, 2, 0, 3], batch_size=2))
+
+
+def test_processes_read_in_order_and_no_further_ahead_than_they_work():
+    taken = []
+    items = (taken.append(number) or number for number in range(50))
+    processes = ReadingProcesses(2)
+    batches = processes.read(math.sqrt, items, batch_size=3, collate=sum)
+    assert next(batches) == pytest.approx(math.sqrt(1) + math.sqrt(2))
+    assert len(taken) == (processes.count + 2) * 3
+    assert len(list(batches)) == 16
+    # The same processes go on with the next items.
+    assert list(processes.read(os.path.basename, ["a/b", "c"], batch_size=2, collate=tuple)) == [("b", "c")]
+    processes.close()
+
+
+def test_what_a_process_raises_ends_the_reading(tmp_path):
+    processes = ReadingProcesses(2)
+    with pytest.raises(UnreadableImageError, match=r"^there is no such file$"):
+        list(processes.read(open_image, [tmp_path / "none.png"], batch_size=2, collate=list))
+    processes.close()
 
 
 @pytest.mark.parametrize("name", ["galaxy.png", "galaxy.jpg"])

@@ -6,6 +6,7 @@ from PIL import Image
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, predict_galaxies, read_galaxies
 from zoobot_hf.data.images import BATCHES_IN_A_TURN
+from zoobot_hf.training import machine
 
 
 @pytest.fixture
@@ -85,6 +86,17 @@ def test_where_all_fail_the_table_is_empty(layer_norm_model, processor, catalog)
     assert table.empty
     assert len(failures) == 40
     assert set(failures["reason"]) == {"there is no such file"}
+
+
+def test_what_processes_read_gives_the_same(layer_norm_model, processor, catalog, monkeypatch):
+    open(catalog["file_loc"][3], "wb").close()
+    catalog.loc[10:19, "file_loc"] = "/nowhere/galaxy.png"
+    expected = predict_galaxies(layer_norm_model, processor, catalog, batch_size=5)
+    monkeypatch.setattr(machine, "_reading_processes", lambda device: 2)
+    predictions = predict_galaxies(layer_norm_model, processor, catalog, batch_size=5)
+    pd.testing.assert_frame_equal(predictions.table, expected.table)
+    pd.testing.assert_frame_equal(predictions.failures, expected.failures)
+    assert len(expected.failures) == 11
 
 
 def test_a_regression_is_predicted_in_its_own_units(layer_norm_model, processor, catalog, galaxy_images):

@@ -8,7 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
 
 from zoobot_hf import ZoobotForImageClassification, ZoobotImageProcessor
-from zoobot_hf.training import embedding_cache
+from zoobot_hf.training import embedding_cache, machine
 from zoobot_hf.training.embedding_cache import Views, clear_cache, compute_embeddings, list_cache, store_embeddings
 from zoobot_hf.training.head_grid import HeadGrid, StoredEmbeddings
 
@@ -42,6 +42,14 @@ def test_plain_embeddings_are_what_the_model_says(layer_norm_model, galaxies, pr
     with torch.inference_mode():
         expected = layer_norm_model.zoobot(**processor(galaxies["image"][:])).embeddings
     assert torch.allclose(torch.tensor(embeddings["embeddings"][:]), expected, atol=1e-5)
+
+
+def test_what_processes_read_gives_the_same(layer_norm_model, galaxies, processor, tmp_path, monkeypatch):
+    settings = {"views": Views(2), "batch_size": 3}
+    expected = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path / "threads", **settings)
+    monkeypatch.setattr(machine, "_reading_processes", lambda device: 2)
+    stored = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path / "processes", **settings)
+    assert torch.equal(stored.values, expected.values)
 
 
 def test_views_differ_from_each_other_and_come_galaxy_by_galaxy(layer_norm_model, galaxies, processor, tmp_path):

@@ -42,6 +42,6 @@ def test_stacked_images_lie_in_channels_last_memory():
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batches_are_read_in_order(batch_size):
     runner = InferenceRunner(Recorder(), batch_size=batch_size)
-    batches = list(runner.read(lambda number: number + 1, range(7)))
+    batches = list(runner.read(lambda number: number + 1, range(7), collate=tuple))
     assert [number for batch in batches for number in batch] == list(range(1, 8))
     assert max(map(len, batches)) == batch_size

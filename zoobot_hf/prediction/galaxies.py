@@ -115,7 +115,8 @@ def inference_runner(
     model.to(device)
     size = batch_size or default_batch_size(model.device)
     try:
-        yield InferenceRunner(model, batch_size=size, torch_compile=torch_compile)
+        with InferenceRunner(model, batch_size=size, torch_compile=torch_compile) as runner:
+            yield runner
     finally:
         model.to(memory_format=torch.contiguous_format)  # safetensors saves no other
 
@@ -134,25 +135,13 @@ def run_galaxies(
             where that is no file at `file_loc`; None for a place in a batch that stays empty.
         interpret: What to keep of a batch of the model's outputs, a row for each.
     """
-
-    def read(row: Row | None) -> tuple[Row | None, Tensor | None, str]:
-        if row is None:
-            return None, None, ""
-        load = row.get("read")
-        row = {"id_str": row["id_str"], "file_loc": row["file_loc"]}  # without the content, which is not kept
-        try:
-            image = open_image(row["file_loc"] if load is None else load())
-            return row, processor.crop_and_resize(image), ""
-        except UnreadableImageError as error:
-            return row, None, str(error)
-        except ValueError as error:
-            return row, None, f"the processor refuses it: {error}"
-        except OSError as error:
-            return row, None, f"it can't be opened: {error.strerror or error}"
-
-    for batch in runner.read(read, rows):
-        outputs = _run([field for _, field, _ in batch], runner, processor, interpret=interpret)
-        yield [_judge(row, field, reason, output) for (row, field, reason), output in zip(batch, outputs, strict=True)]
+    read = functools.partial(_read_galaxy, processor=processor)
+    for read_rows, images in runner.read(read, rows, collate=_collate):
+        if images is None:
+            yield [Galaxy(row, None, reason or "") for row, reason in read_rows]
+            continue
+        outputs = interpret(runner(processor.rescale_and_normalize(images.to(runner.device))))
+        yield [_judge(row, reason, output) for (row, reason), output in zip(read_rows, outputs, strict=True)]
 
 
 def read_outputs(outputs: Tensor, *, config: ZoobotConfig, prevalence: str | None) -> Values:
@@ -208,20 +197,42 @@ def check_prevalence(model: Classifier, prevalence: str | None) -> None:
         probabilities_from_logits(torch.zeros(1, model.config.num_labels), model.config, prevalence=prevalence)
 
 
-def _run(
-    fields: list[Tensor | None], runner: InferenceRunner, processor: ZoobotImageProcessor, *, interpret: Interpret
-) -> list[Values | None]:
-    """An output for each place; of no meaning where there is no image."""
-    shape = next((field.shape for field in fields if field is not None), None)
+class _Read(NamedTuple):
+    """A row that was read: without the file's content, which is not kept, and why there is no image."""
+
+    row: Row | None
+    image: Tensor | None
+    reason: str
+
+
+def _read_galaxy(row: Row | None, *, processor: ZoobotImageProcessor) -> _Read:
+    if row is None:
+        return _Read(None, None, "")
+    load = row.get("read")
+    row = {"id_str": row["id_str"], "file_loc": row["file_loc"]}
+    try:
+        image = open_image(row["file_loc"] if load is None else load())
+        return _Read(row, processor.crop_and_resize(image), "")
+    except UnreadableImageError as error:
+        return _Read(row, None, str(error))
+    except ValueError as error:
+        return _Read(row, None, f"the processor refuses it: {error}")
+    except OSError as error:
+        return _Read(row, None, f"it can't be opened: {error.strerror or error}")
+
+
+def _collate(batch: list[_Read]) -> tuple[list[tuple[Row | None, str | None]], Tensor | None]:
+    """Each row with the reason why its image is a blank one, None where it isn't; and the images, if there are any."""
+    shape = next((read.image.shape for read in batch if read.image is not None), None)
+    rows = [(read.row, read.reason if read.image is None else None) for read in batch]
     if shape is None:
-        return [None] * len(fields)
+        return rows, None
     blank = torch.zeros(shape, dtype=torch.uint8)
-    images = stack_images([blank if field is None else field for field in fields]).to(runner.device)
-    return list(interpret(runner(processor.rescale_and_normalize(images))))
+    return rows, stack_images([blank if read.image is None else read.image for read in batch])
 
 
-def _judge(row: Row | None, field: Tensor | None, reason: str, output: Values | None) -> Galaxy:
-    if field is None or output is None:
+def _judge(row: Row | None, reason: str | None, output: Values) -> Galaxy:
+    if reason is not None:
         return Galaxy(row, None, reason)
     if not np.isfinite(output).all():
         return Galaxy(row, None, f"the model's output for it is not a finite number in {output.dtype}")

@@ -7,6 +7,7 @@ A file takes images x views x embedding size x 4 bytes in float32: 100,000 galax
 """
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -189,10 +190,12 @@ def store_embeddings(
     if values is None:
         encoder = model.base_model
         size = batch_size or default_batch_size(model.device)
-        runner = InferenceRunner(encoder, batch_size=size, torch_compile=torch_compile)
         image_rows = undecoded.select(list(first_rows.values()))
         name = model.config.encoder_name or model.config.encoder_config.model_type
-        with _EmbeddingFile(path, shape, dtype=dtype, encoder_name=name) as file:
+        with (
+            InferenceRunner(encoder, batch_size=size, torch_compile=torch_compile) as runner,
+            _EmbeddingFile(path, shape, dtype=dtype, encoder_name=name) as file,
+        ):
             _run_encoder(runner, processor, image_rows, file, views=views)
         encoder.to(memory_format=torch.contiguous_format)  # safetensors saves no other
         values = _open_on_all_processes(path, shape)
@@ -351,20 +354,13 @@ def _run_encoder(
     state = PartialState()
     share = math.ceil(math.ceil(len(images) / runner.batch_size) / state.num_processes) * runner.batch_size
     start, stop = (min(len(images), rank * share) for rank in (state.process_index, state.process_index + 1))
-
-    def read(row: int) -> Tensor:
-        image = images[row]["image"]
-        try:
-            opened = open_image(image["bytes"] if image["bytes"] is not None else image["path"])
-            return processor.crop_and_resize(opened, margin=margin)
-        except ValueError as error:
-            raise UnreadableImageError(f"{image['path'] or f'image {row}'} can't be read: {error}.") from error
-
+    read = functools.partial(_read_image, processor=processor, margin=margin)
+    numbered = ((row, images[row]["image"]) for row in range(start, stop))
     draws = None if views is None else _draw_views(views, len(images))
     total = (stop - start) * file.views
     with tqdm(total=total, desc="embedding", unit="image", disable=not state.is_main_process) as progress:
-        for fields in runner.read(read, range(start, stop)):
-            batch = stack_images(fields).to(runner.device)
+        for read_images in runner.read(read, numbered, collate=stack_images):
+            batch = read_images.to(runner.device)
             following = start + len(batch)
             outputs = []
             for view in range(file.views):
@@ -381,6 +377,15 @@ def _run_encoder(
                 progress.update(len(batch))
             file.write(start, torch.stack(outputs, dim=1))
             start = following
+
+
+def _read_image(numbered: tuple[int, dict[str, Any]], *, processor: ZoobotImageProcessor, margin: float) -> Tensor:
+    row, image = numbered
+    try:
+        opened = open_image(image["bytes"] if image["bytes"] is not None else image["path"])
+        return processor.crop_and_resize(opened, margin=margin)
+    except ValueError as error:
+        raise UnreadableImageError(f"{image['path'] or f'image {row}'} can't be read: {error}.") from error
 
 
 def _draw_views(views: Views, count: int) -> Tensor:

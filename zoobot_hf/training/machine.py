@@ -2,16 +2,26 @@
 
 import ctypes
 import functools
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Self
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoobot_hf.data.images import Item, Result, read_ahead, read_in_turns
+from zoobot_hf.data.images import (
+    MOST_READING_PROCESSES,
+    Batch,
+    Item,
+    ReadingProcesses,
+    Result,
+    read_ahead,
+    read_in_turns,
+)
 
 # glibc's mallopt(3): parameter numbers from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -48,6 +58,14 @@ def stack_images(images: list[Tensor]) -> Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
+def _reading_processes(device: torch.device) -> int:
+    """How many processes read for a GPU: this process's share of the cores but one; none where none can be forked."""
+    if device.type != "cuda" or "fork" not in multiprocessing.get_all_start_methods():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_READING_PROCESSES, cores // PartialState().num_processes - 1)
+
+
 def default_batch_size(device: torch.device) -> int:
     """How many images a network without gradients takes at once.
 
@@ -61,7 +79,8 @@ class InferenceRunner:
     """Runs a module on batches of images without gradients, in evaluation mode, as fast as its device allows.
 
     Convolutions get channels-last memory, a GPU bfloat16, and every batch the same size, so that a compiled module is
-    compiled once and an image's result does not depend on how many others came with it.
+    compiled once and an image's result does not depend on how many others came with it. Used in a `with` statement, it
+    ends the processes that read for it.
 
     Args:
         module: Takes `pixel_values` (batch, channels, height, width); moved to channels-last memory.
@@ -75,16 +94,30 @@ class InferenceRunner:
         self.device = next(module.parameters()).device
         module = module.eval().to(memory_format=torch.channels_last)
         self.module = torch.compile(module) if torch_compile else module
+        count = _reading_processes(self.device)
+        self._processes = ReadingProcesses(count) if count > 1 else None
 
-    def read(self, read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[list[Result]]:
-        """Batches of what `read` makes of each item, in order, read in threads when that costs the module least.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._processes is not None:
+            self._processes.close()
+
+    def read(
+        self, read: Callable[[Item], Result], items: Iterable[Item], *, collate: Callable[[list[Result]], Batch]
+    ) -> Iterator[Batch]:
+        """Batches of `batch_size` in order, read in the way that costs the module least on its device.
 
         Args:
-            read: As in `read_ahead`.
-            items: As in `read_ahead`.
+            read: As in `ReadingProcesses.read`.
+            items: As in `ReadingProcesses.read`.
+            collate: As in `ReadingProcesses.read`.
         """
+        if self._processes is not None:
+            return self._processes.read(read, items, batch_size=self.batch_size, collate=collate)
         in_batches = read_in_turns if self.device.type == "cpu" else read_ahead
-        return in_batches(read, items, batch_size=self.batch_size)
+        return map(collate, in_batches(read, items, batch_size=self.batch_size))
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
         """The first output of the module, float32, (batch, ...), on the CPU.
