@@ -18,8 +18,9 @@ from torch import nn
 from zoobot_hf.training.machine import tune_memory_allocator
 
 PIXELS = 224
-BATCH_SIZES = {"cpu": (8, 32), "cuda": (64, 256)}
-WARM_UP_RUNS, SHORTEST_SECONDS, FEWEST_RUNS = 2, 10, 5
+BATCH_SIZES = {"cpu": (8, 32), "cuda": (128, 512)}
+SHORTEST_SECONDS = {"cpu": 10, "cuda": 2}
+WARM_UP_RUNS, FEWEST_RUNS = 2, 5
 VARIANTS = {
     "eager": (False, torch.contiguous_format),
     "eager_channels_last": (False, torch.channels_last),
@@ -52,7 +53,7 @@ def measure_rate(step, images, device):
     seconds = []
     for _ in range(WARM_UP_RUNS):
         step()
-    while len(seconds) < FEWEST_RUNS or sum(seconds) < SHORTEST_SECONDS:
+    while len(seconds) < FEWEST_RUNS or sum(seconds) < SHORTEST_SECONDS[device]:
         wait_for(device)
         started = time.perf_counter()
         step()

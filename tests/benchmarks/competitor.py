@@ -92,8 +92,10 @@ def run_task(description: str, tasks: dict[str, Callable]) -> None:
     torch.manual_seed(options.seed)
     Path(options.scratch).mkdir(parents=True, exist_ok=True)
     result = tasks[options.task](options, Clock())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
-    Path(options.output).write_text(json.dumps({**result, "peak_rss_mib": peak, "versions": read_versions()}))
+    result["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    if torch.cuda.is_available():
+        result["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    Path(options.output).write_text(json.dumps({**result, "versions": read_versions()}))
 
 
 def read_versions():

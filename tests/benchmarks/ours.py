@@ -1,12 +1,15 @@
 """Measures this package through its public names, with its defaults.
 
 Tasks: `frozen` and `unfrozen`, the two stages; `prediction`, a catalog, and `prediction_memory`, one once; `data`, the
-training transform alone; `stored_embeddings`, a frozen stage whose encoder costs next to nothing, so that what is left
-is the training on stored embeddings.
+training transform alone; `embeddings`, the one pass of the encoder over the default views; `reading`, images from files
+to batches with no encoder behind; `stored_embeddings`, a frozen stage whose encoder costs next to nothing, so that what
+is left is the training on stored embeddings.
 """
 
 import io
+from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +31,9 @@ from zoobot_hf import (
     image_processor_for,
     predict_galaxies,
 )
+from zoobot_hf.data.images import open_image
+from zoobot_hf.training.embedding_cache import Views, compute_embeddings
+from zoobot_hf.training.machine import InferenceRunner, default_batch_size, stack_images
 
 EMBEDDING_SIZE = 640
 SMALL_PIXELS = 16
@@ -94,9 +100,10 @@ def train_unfrozen(options, clock):
 def predict_catalog(options, clock):
     """The best of eager and compiled, at the default batch size and at the given one, as for the bare loop."""
     rates = {}
-    for is_compiled, batch_size in product((False, True), (None, options.batch_size)):
+    batch_sizes = dict.fromkeys((default_batch_size(choose_device()), options.batch_size))
+    for is_compiled, batch_size in product((False, True), batch_sizes):
         torch.compiler.reset()
-        name = f"{'compiled' if is_compiled else 'eager'}, batch {batch_size or 'default'}"
+        name = f"{'compiled' if is_compiled else 'eager'}, batch {batch_size}"
         rates[name] = rate_of_prediction(options, clock, batch_size=batch_size, torch_compile=is_compiled)
     return {"images_per_second": max(rates.values()), "rates": rates}
 
@@ -109,12 +116,56 @@ def rate_of_prediction(options, clock, **settings):
     """Images per second, after a short catalog for warming up."""
     model, processor = load_model(options)
     catalog = read_catalog(options, "all")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    predict_galaxies(model, processor, catalog.head(2 * options.batch_size), device=device, **settings)
+    settings["device"] = choose_device()
+    predict_galaxies(model, processor, catalog.head(2 * options.batch_size), **settings)
     started = clock.seconds()
-    predictions = predict_galaxies(model, processor, catalog, device=device, **settings)
+    predictions = predict_galaxies(model, processor, catalog, **settings)
     assert len(predictions.table) == len(catalog)
     return len(catalog) / (clock.seconds() - started)
+
+
+def choose_device():
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def embed_galaxies(options, clock):
+    return {"images_per_second": rate_of_embedding(options, clock, torch_compile=False)}
+
+
+def rate_of_embedding(options, clock, *, torch_compile):
+    """Views per second; each galaxy is a file of its own, because the cache takes equal ones together."""
+    model, processor = load_model(options)
+    model.to(choose_device())
+    catalog, folder = read_catalog(options, "all"), Path(options.scratch)
+    catalog["file_loc"] = [link(path, folder / f"{number}.jpg") for number, path in enumerate(catalog["file_loc"])]
+    dataset = catalog_to_dataset(catalog, label_column="label", label_names=CLASS_NAMES)
+    views = Views(FrozenStageArguments(options.scratch).views)
+    settings = {"views": views, "torch_compile": torch_compile, "cache_dir": folder / "embeddings"}
+    compute_embeddings(model, dataset.select(range(2 * options.batch_size)), processor, **settings)
+    started = clock.seconds()
+    rows = compute_embeddings(model, dataset, processor, **settings)
+    return len(rows) / (clock.seconds() - started)
+
+
+def link(target, path):
+    path.symlink_to(target)
+    return str(path)
+
+
+def read_images(options, clock):
+    """Batches on the device as the encoder would get them."""
+    model, processor = load_model(options)
+    paths = read_catalog(options, "all")["file_loc"]
+    read = partial(read_image, processor=processor)
+    started = clock.seconds()
+    with InferenceRunner(model.to(choose_device()), batch_size=default_batch_size(choose_device())) as runner:
+        for images in runner.read(read, paths, collate=stack_images):
+            processor.rescale_and_normalize(images.to(runner.device))
+    return {"images_per_second": len(paths) / (clock.seconds() - started)}
+
+
+def read_image(path, processor):
+    return processor.crop_and_resize(open_image(path))
 
 
 class NoModel(torch.nn.Module):
@@ -194,6 +245,8 @@ if __name__ == "__main__":
             "unfrozen": train_unfrozen,
             "prediction": predict_catalog,
             "prediction_memory": predict_once,
+            "embeddings": embed_galaxies,
+            "reading": read_images,
             "data": prepare_data,
             "stored_embeddings": train_on_stored_embeddings,
         },

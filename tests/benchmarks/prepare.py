@@ -77,7 +77,7 @@ def write_encoder(name, folder):
     path = folder / name / "config.json"
     settings = json.loads(path.read_text())
     # Zoobot's own repositories don't have them, and transformers would be given num_classes twice.
-    del settings["model_args"]
+    settings.pop("model_args", None)
     path.write_text(json.dumps(settings, indent=2))
 
 

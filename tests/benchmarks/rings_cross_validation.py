@@ -9,6 +9,10 @@ other folds. The standard errors are those of one repeat, because the repeats sh
 import argparse
 import logging
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -36,31 +40,39 @@ def main():
     parser.add_argument("--zoom", type=float)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="folds at a time; set OMP_NUM_THREADS to share cores")
     parser.add_argument("--untrained", action="store_true", help="the encoder's architecture with new weights")
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    galaxies = load_galaxy_dataset(options.dataset, label_column=options.label_column)
-    processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
+    runs = list(product(range(options.repeats), range(options.folds)))
     scores = {}
-    for repeat in range(options.repeats):
-        folds = split_folds(galaxies, folds=options.folds, seed=options.seed + repeat)
-        for number, splits in enumerate(folds):
-            for stage in finetune_on(splits, processor, options, seed=options.seed + options.folds * repeat + number):
-                row = score(stage, splits["test"]["label"])
-                scores.setdefault(stage.name, []).append(row)
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for (repeat, fold), found in zip(runs, pool.map(partial(run_fold, options), runs), strict=True):
+            for name, row in found.items():
+                scores.setdefault(name, []).append(row)
                 print(
-                    f"repeat {repeat} fold {number} {stage.name:8} accuracy {row[0]:.3f} ROC AUC {row[1]:.3f}",
+                    f"repeat {repeat} fold {fold} {name:8} accuracy {row[0]:.3f} ROC AUC {row[1]:.3f}",
                     flush=True,
                 )
 
-    print(f"\n{options.repeats} x {options.folds} folds of {len(galaxies)} galaxies: mean and its standard error")
+    print(f"\n{options.repeats} x {options.folds} folds: mean and its standard error")
     print(f"{'stage':10}{'accuracy':>16}{'ROC AUC':>16}{'log loss':>16}{'seconds':>10}")
     for name, rows in scores.items():
         mean, error = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) / np.sqrt(options.folds)
         cells = "".join(f"{m:8.3f} +- {e:.3f}" for m, e in zip(mean[:3], error[:3], strict=True))
         print(f"{name:10}{cells}{mean[3]:10.0f}")
+
+
+def run_fold(options, run):
+    """The scores of both stages by name."""
+    repeat, fold = run
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    galaxies = load_galaxy_dataset(options.dataset, label_column=options.label_column)
+    processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
+    splits = split_folds(galaxies, folds=options.folds, seed=options.seed + repeat)[fold]
+    stages = finetune_on(splits, processor, options, seed=options.seed + options.folds * repeat + fold)
+    return {stage.name: score(stage, splits["test"]["label"]) for stage in stages}
 
 
 def finetune_on(splits, processor, options, *, seed):
@@ -71,6 +83,8 @@ def finetune_on(splits, processor, options, *, seed):
     if options.untrained:
         model = ZoobotForImageClassification(model.config)
     stage_arguments = {"seed": options.seed, "disable_tqdm": True}
+    if options.processes > 1:
+        stage_arguments["dataloader_num_workers"] = 0
     with tempfile.TemporaryDirectory() as folder:
         finetuned = finetune(
             model,

@@ -15,6 +15,8 @@ file at once, so that an interrupted benchmark isn't lost: `--results FILE` goes
 - `unfrozen`: images per second of training, validation not counted, median of the epochs after the first.
 - `prediction`: images per second of a catalog of JPEG files, after a short catalog for warming up; ours, like the bare
   loop's, are the best of eager and compiled.
+- `embeddings`: images per second of the one pass of the encoder that the frozen stage needs, from JPEG files.
+- `reading`: images per second from JPEG files to batches, with no encoder behind: what an encoder can get at most.
 - `data`: milliseconds of CPU time for a training image, from the JPEG file to the encoder's input.
 - `warm_start`: seconds until the first step of a frozen stage that has been run before.
 - `stored_embeddings`: seconds of a frozen stage of 20 epochs over 100,000 galaxies that has been run before.
@@ -38,6 +40,7 @@ from pathlib import Path
 
 import psutil
 from table import read_records, summarize
+from torch import cuda
 
 SCRIPTS = Path(__file__).parent
 # A sample walks through all pages, about 0.1 s for a process with four workers.
@@ -53,6 +56,8 @@ ROWS = {
     "accuracy": ("ours", "zoobot"),
     "unfrozen": ("ours", "zoobot", "trainer", "bare"),
     "prediction": ("ours", "zoobot", "bare"),
+    "embeddings": ("ours",),
+    "reading": ("ours",),
     "data": ("ours", "zoobot", "trainer"),
     "warm_start": ("ours",),
     "stored_embeddings": ("ours",),
@@ -164,8 +169,8 @@ def jobs_of_row(row, competitor, encoder, repeat, options):
     if row == "unfrozen":
         base |= {"batch_size": options.unfrozen_batch_size, "galaxies": options.unfrozen_galaxies}
         return [Job(**base, task="unfrozen", fold=fold, epochs=3)]
-    if row == "prediction":
-        return [Job(**base, task="prediction", galaxies=options.prediction_galaxies)]
+    if row in ("prediction", "embeddings", "reading"):
+        return [Job(**base, task=row, galaxies=options.prediction_galaxies)]
     if row == "data":
         return [Job(**base, task="data", fold=fold)]
     if row == "warm_start":
@@ -219,9 +224,9 @@ def run_process(job, options, cache):
             command_of(job, options, scratch=scratch, output=output),
             stdout=log,
             stderr=subprocess.STDOUT,
-            # A fresh folder is a machine on which nothing was run before.
+            # A fresh folder is a machine on which nothing was run before; no row counts the time of compiling.
             env={**os.environ, "HF_HOME": f"{cache}/hf", "XDG_CACHE_HOME": f"{cache}/xdg"}
-            | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"},
+            | {"TORCHINDUCTOR_CACHE_DIR": str((options.work / "caches" / "inductor").resolve())},
         )
         peak = watch_memory(process)
         if process.wait() != 0:
@@ -295,6 +300,7 @@ def describe_machine():
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
+        "gpu": cuda.get_device_name() if cuda.is_available() else "none",
         "python": platform.python_version(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }

@@ -116,6 +116,8 @@ def find_lines(records):
     catalogs = [count for row, count in galaxies if row == "prediction_memory"]
     stored = [count for row, count in galaxies if row == "stored_embeddings"]
     frozen = ("frozen", "accuracy")
+    has_gpu = any("peak_gpu_mib" in record["result"] for record in records)
+    on_gpu = [("unfrozen stage", "unfrozen"), ("prediction", "prediction")] if has_gpu else []
     return [
         *(Line(f"frozen stage, {n} epochs, s", False, frozen, result("seconds"), epochs=n) for n in epochs),
         Line("frozen stage, peak memory, MiB", False, frozen, peak_memory),
@@ -132,12 +134,18 @@ def find_lines(records):
             Line(f"prediction of {n:,}, peak memory, MiB", False, ("prediction_memory",), peak_memory, galaxies=n)
             for n in catalogs
         ),
+        Line("embeddings of the default views, images/s", True, ("embeddings",), result("images_per_second")),
+        Line("reading alone, images/s", True, ("reading",), result("images_per_second")),
+        *(Line(f"{name}, GPU memory, MiB", False, (row,), gpu_memory) for name, row in on_gpu),
         Line("data path alone, ms a galaxy a core", False, ("data",), result("milliseconds")),
     ]
 
 
 def result(name):
     return lambda record: record["result"][name]
+
+
+gpu_memory = result("peak_gpu_mib")
 
 
 def peak_memory(record):
