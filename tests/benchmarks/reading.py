@@ -1,48 +1,43 @@
-"""Prediction from image files beside the encoder alone: python reading.py ENCODER IMAGES_FOLDER [ROUNDS].
+"""Prediction from image files beside the bare network: python reading.py ENCODER IMAGES_FOLDER [ROUNDS].
 
-Compiled, on the CPU, in one process: each round runs the encoder on pixels that lie in memory, on files that are
-decoded beside it (`read_ahead`), and on files that are decoded in turns with it (`read_in_turns`). Ratios are those of
-one round, so that a machine that is slow for a while is slow for all of them.
+On the CPU, in one process and in turns, so that a machine that is slow for a while is slow for all of them; ratios are
+those of one round. The bare network runs on pixels that lie in memory, ours on these and on files. Both eager and
+compiled, at the batch size that prediction takes on a CPU.
 """
 
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from zoobot_hf import ZoobotForImageClassification, image_processor_for
-from zoobot_hf.data.images import open_image, read_ahead, read_in_turns
+from zoobot_hf.data.images import open_image
 from zoobot_hf.training.machine import InferenceRunner, default_batch_size, stack_images
 
 GALAXIES = 128
 
 
 def main(encoder, folder, rounds="6"):
-    model = ZoobotForImageClassification.from_pretrained(encoder, label_names=["a", "b"])
-    processor, size = image_processor_for(encoder), default_batch_size(model.device)
-    runner = InferenceRunner(model, batch_size=size, torch_compile=True)
+    processor = image_processor_for(encoder)
     paths = sorted(Path(folder).glob("*.jpg"))[:GALAXIES]
-
-    def read(path):
-        return processor.crop_and_resize(open_image(path))
-
-    pixels = processor.rescale_and_normalize(stack_images([read(path) for path in paths[:size]]))
-
-    def predict_files(read_batches):
-        for fields in read_batches(read, paths, batch_size=size):
-            runner(processor.rescale_and_normalize(stack_images(fields)))
-
-    def predict_pixels():
-        for _ in range(0, len(paths), size):
-            runner(pixels)
-
-    competitors = {
-        "pixels in memory": predict_pixels,
-        "files, decoded beside": lambda: predict_files(read_ahead),
-        "files, decoded in turns": lambda: predict_files(read_in_turns),
-    }
+    competitors = {}
+    for torch_compile in (False, True):
+        mode = "compiled" if torch_compile else "eager"
+        model = load(encoder)
+        runner = InferenceRunner(
+            load(encoder), batch_size=default_batch_size(model.device), torch_compile=torch_compile
+        )
+        first = [read_image(path, processor) for path in paths[: runner.batch_size]]
+        pixels = processor.rescale_and_normalize(stack_images(first))
+        model = torch.compile(model) if torch_compile else model
+        competitors |= {
+            f"bare, {mode}": partial(repeat, partial(run_bare, model, pixels), len(paths) // runner.batch_size),
+            f"ours, {mode}": partial(repeat, partial(runner, pixels), len(paths) // runner.batch_size),
+            f"ours, {mode}, from files": partial(predict_files, runner, processor, paths),
+        }
     for predict in competitors.values():
         predict()
     rates = {name: [] for name in competitors}
@@ -51,10 +46,40 @@ def main(encoder, folder, rounds="6"):
             started = time.perf_counter()
             predict()
             rates[name].append(len(paths) / (time.perf_counter() - started))
-    print(f"{'medians, torch ' + torch.__version__:28}{'images/s':>10}{'ratio':>8}")
+    print_table(rates)
+
+
+def load(encoder):
+    model = ZoobotForImageClassification.from_pretrained(encoder, label_names=["a", "b"])
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+def read_image(path, processor):
+    return processor.crop_and_resize(open_image(path))
+
+
+def repeat(step, times):
+    for _ in range(times):
+        step()
+
+
+def run_bare(model, pixels):
+    with torch.inference_mode():
+        model(pixel_values=pixels)
+
+
+def predict_files(runner, processor, paths):
+    for images in runner.read(partial(read_image, processor=processor), paths, collate=stack_images):
+        runner(processor.rescale_and_normalize(images))
+
+
+def print_table(rates):
+    """Medians; the ratio is that to the faster of the bare ones in the same round."""
+    limits = [max(pair) for pair in zip(rates["bare, eager"], rates["bare, compiled"], strict=True)]
+    print(f"{'medians, torch ' + torch.__version__:32}{'images/s':>10}{'of the best bare one':>22}")
     for name, values in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(values, rates["pixels in memory"], strict=True))
-        print(f"{name:28}{statistics.median(values):>10.1f}{ratio:>8.2f}")
+        ratio = statistics.median(value / limit for value, limit in zip(values, limits, strict=True))
+        print(f"{name:32}{statistics.median(values):>10.1f}{ratio:>22.2f}")
 
 
 if __name__ == "__main__":
