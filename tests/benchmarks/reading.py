@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from ours import read_image
 
 from zoobot_hf import ZoobotForImageClassification, image_processor_for
-from zoobot_hf.data.images import open_image
 from zoobot_hf.training.machine import InferenceRunner, default_batch_size, stack_images
 
 GALAXIES = 128
@@ -52,10 +52,6 @@ def main(encoder, folder, rounds="6"):
 def load(encoder):
     model = ZoobotForImageClassification.from_pretrained(encoder, label_names=["a", "b"])
     return model.eval().to(memory_format=torch.channels_last)
-
-
-def read_image(path, processor):
-    return processor.crop_and_resize(open_image(path))
 
 
 def repeat(step, times):
