@@ -55,6 +55,17 @@ def test_an_mlp_head_has_one_hidden_layer():
     assert head(torch.zeros(5, 4)).shape == (5, 3)
 
 
+@pytest.mark.parametrize("head_type", ["linear", "mlp"])
+def test_mixed_precision_leaves_a_head_alone(head_type):
+    head = build_head(config_of(head_type=head_type)).eval()
+    embeddings = torch.randn(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functional.linear(embeddings, head[-1].weight.new_ones(3, 4)).dtype == torch.bfloat16
+        assert torch.equal(head(embeddings), head.float()(embeddings.float()))
+        assert head(embeddings.bfloat16()).dtype == torch.float32
+    assert head.bfloat16()(embeddings.bfloat16()).dtype == torch.bfloat16
+
+
 def test_a_head_for_votes_starts_with_low_concentrations():
     config = ZoobotConfig(decision_tree=load_survey("euclid").to_dict(), embedding_size=4)
     concentrations = concentrations_from_logits(build_head(config).eval()(torch.zeros(2, 4)), (1, 101))

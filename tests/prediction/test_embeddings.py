@@ -121,6 +121,8 @@ def test_other_settings_on_the_same_output_are_refused(embed, layer_norm_model, 
     embed()
     with pytest.raises(SurveyError, match=r"holds the embeddings of another number type .*choose another output"):
         embed(dtype="float32")
+    with pytest.raises(SurveyError, match="another precision, bfloat16 or not"):
+        embed(bf16=True)
     with pytest.raises(SurveyError, match="another PCA"):
         embed(pca=3)
     with pytest.raises(SurveyError, match="holds the embeddings of another command"):

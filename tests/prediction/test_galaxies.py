@@ -33,6 +33,16 @@ def test_the_table_says_what_the_model_says(name, batch_size, request, processor
     assert failures.empty
 
 
+@pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model"])
+def test_bfloat16_is_the_encoders_alone_and_only_on_request(name, request, processor, catalog):
+    model = request.getfixturevalue(name)
+    exact, rounded = (predict_galaxies(model, processor, catalog, bf16=bf16).table for bf16 in (False, True))
+    pd.testing.assert_frame_equal(predict_galaxies(model, processor, catalog).table, exact)
+    difference = (rounded["probability_ring"] - exact["probability_ring"]).abs()
+    assert 0 < difference.max() < 0.02
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_the_catalogs_order_is_kept(layer_norm_model, processor, catalog):
     shuffled = catalog.sample(frac=1, random_state=0)
     in_order = predict_galaxies(layer_norm_model, processor, catalog, batch_size=8).table.set_index("id_str")

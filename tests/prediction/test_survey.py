@@ -214,6 +214,8 @@ def test_another_model_on_the_same_output_is_refused(predict, batch_norm_model, 
     _, expected, _ = predict()
     with pytest.raises(SurveyError, match=r"holds the predictions of another model .*choose another output"):
         predict(model=batch_norm_model)
+    with pytest.raises(SurveyError, match="another precision, bfloat16 or not"):
+        predict(bf16=True)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out/predictions"), expected)
 
 

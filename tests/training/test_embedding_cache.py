@@ -86,6 +86,7 @@ def test_each_part_of_the_key_invalidates(key, layer_norm_model, galaxies):
         key(views=Views(2, zoom_range=0.2)),
         key(views=Views(2, max_shift=0.2)),
         key(dtype="float16"),
+        key(bf16=True),
         key(dataset=galaxies.select(range(19))),
         key(dataset=galaxies.select(range(19, -1, -1))),
     ]

@@ -6,6 +6,7 @@ from transformers.models.convnext.modeling_convnext import ConvNextLayer
 
 from zoobot_hf import FrozenStageArguments, FrozenStageTrainer, UnfrozenStageArguments, UnfrozenStageTrainer
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
+from zoobot_hf.training.embedding_cache import compute_embeddings, list_cache
 from zoobot_hf.training.trainer import GalaxyCollator, layer_decay_groups
 
 
@@ -64,6 +65,22 @@ def test_the_frozen_stage_moves_the_head_and_not_a_bit_of_the_encoder(name, requ
     train(FrozenStageTrainer, model, frozen_arguments(tmp_path), galaxies, processor)
     assert moved(encoder, model.encoder.state_dict()) == set()
     assert moved(head, model.head.state_dict()) == set(head)
+
+
+def test_the_encoder_computes_in_the_precision_that_the_frozen_stage_is_asked_for(
+    layer_norm_model, galaxies, processor, tmp_path
+):
+    arguments = frozen_arguments(tmp_path, bf16=True)
+    train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    held_out = galaxies.select(range(24, 40))
+    folder = arguments.embedding_cache_dir
+    made = len(list_cache(folder))
+    rounded, exact = (
+        compute_embeddings(layer_norm_model, held_out, processor, cache_dir=folder, bf16=bf16)["embeddings"][:]
+        for bf16 in (True, False)
+    )
+    assert len(list_cache(folder)) == made + 1  # the stage has left the first of them
+    assert rounded != exact
 
 
 @pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model", "timm_convnext_model"])

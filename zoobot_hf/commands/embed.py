@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         device=device,
         torch_compile=options.torch_compile,
+        bf16=options.bf16,
         retry_failures=options.retry_failures,
         max_failures=options.max_failures,
     )

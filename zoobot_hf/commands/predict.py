@@ -80,6 +80,7 @@ def _predict_survey(options: argparse.Namespace) -> Survey:
         device=device,
         prevalence=options.prevalence,
         torch_compile=options.torch_compile,
+        bf16=options.bf16,
         retry_failures=options.retry_failures,
         max_failures=options.max_failures,
     )
@@ -91,7 +92,7 @@ def _predict_embeddings(options: argparse.Namespace) -> Survey:
             f"output is {options.output}, one table; embeddings are predicted into a folder, from which zoobot-hf "
             "merge makes one."
         )
-    for name in ("batch_size", "torch_compile", *HUB_OPTIONS):
+    for name in ("batch_size", "torch_compile", "bf16", *HUB_OPTIONS):
         if getattr(options, name):
             raise ValueError(f"{name} is for images, and none are opened for embeddings; leave it out.")
     device = choose_device(options.device)
@@ -133,6 +134,7 @@ def _predict_table(options: argparse.Namespace) -> int:
         device=device,
         prevalence=options.prevalence,
         torch_compile=options.torch_compile,
+        bf16=options.bf16,
     )
     write_catalog(table, options.output)
     print(f"{len(table)} galaxies: {options.output}")

@@ -42,13 +42,31 @@ def build_head(config: ZoobotConfig) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
     inputs = config.embedding_size
     if config.head_type == "mlp":
-        layers += [nn.Linear(inputs, config.head_hidden_size), nn.ReLU(), nn.Dropout(config.head_dropout)]
+        layers += [_HeadLayer(inputs, config.head_hidden_size), nn.ReLU(), nn.Dropout(config.head_dropout)]
         inputs = config.head_hidden_size
     initial_bias = 0.0 if config.decision_tree is None else _logit(INITIAL_CONCENTRATION)
     return nn.Sequential(*layers, _LastLayer(inputs, config.num_labels, initial_bias=initial_bias))
 
 
-class _LastLayer(nn.Linear):
+class _HeadLayer(nn.Linear):
+    """A linear layer that mixed precision leaves in its weights' own type.
+
+    In bfloat16 470 galaxies came to 405 different probabilities, and a head costs next to nothing.
+    """
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """The layer's output.
+
+        Args:
+            embeddings: (batch, inputs).
+        """
+        if not torch.is_autocast_enabled(embeddings.device.type):
+            return super().forward(embeddings)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return super().forward(embeddings.to(self.weight.dtype))
+
+
+class _LastLayer(_HeadLayer):
     """A linear layer whose initial weights are small and whose biases are all the same."""
 
     def __init__(self, inputs: int, outputs: int, *, initial_bias: float) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 from zoobot_hf.training.embedding_cache import DTYPES, hash_weights
-from zoobot_hf.training.machine import InferenceRunner, prepare_processes
+from zoobot_hf.training.machine import InferenceRunner, prepare_processes, uses_bf16
 
 from .components import Components, fit_components, read_components, write_components
 from .galaxies import Classifier, Galaxy, Row, check_prevalence, inference_runner, read_outputs, run_galaxies
@@ -66,6 +66,7 @@ def embed_survey(
     shard_size: int = GALAXIES_IN_A_SHARD,
     device: str | torch.device = "cpu",
     torch_compile: bool = False,
+    bf16: bool | None = None,
     retry_failures: bool = False,
     max_failures: int | None = None,
 ) -> Survey:
@@ -87,6 +88,7 @@ def embed_survey(
         shard_size: As in `predict_survey`.
         device: Where the model runs.
         torch_compile: Whether to compile the model.
+        bf16: As in `predict_galaxies`.
         retry_failures: Whether galaxies that failed in an earlier run are tried again.
         max_failures: More failures than this in one process's share stop the run.
 
@@ -95,7 +97,8 @@ def embed_survey(
 
     Raises:
         CatalogError: The catalog can't be read, is empty, or has a name twice.
-        SurveyError: The folder holds the embeddings of another model or catalog, or there are too many failures.
+        SurveyError: The folder holds the embeddings of another model or catalog or of another precision, or there are
+            too many failures.
         OSError: No space left, or no right to write; finished files stay.
         ValueError: Another `dtype`, a PCA that can't be read or doesn't fit, or a size below 1.
     """
@@ -118,13 +121,14 @@ def embed_survey(
         shard_size=shard_size,
         batch_size=batch_size,
         dtype=dtype,
+        bf16=uses_bf16(encoder.device, bf16),
         pca=pca if given is None else given.fingerprint(),
         embedding_size=encoder.config.embedding_size,
     )
     folder = Path(output)
     manifest = start_run(folder, wanted)
     size = batch_size or manifest["batch_size"]
-    with inference_runner(encoder, batch_size=size, device=device, torch_compile=torch_compile) as runner:
+    with inference_runner(encoder, size, device=device, torch_compile=torch_compile, bf16=bf16) as runner:
         components = given
         if isinstance(pca, int):
             components = _fit_once(folder, _Sample(runner, processor, source, facts), dimensions=pca)
@@ -195,7 +199,7 @@ def predict_embeddings(
         shard_size=stored["shard_size"],
         batch_size=stored["shard_size"],
         prevalence=prevalence or model.config.predictions_for,
-        embeddings=hash_text(*(str(stored[name]) for name in ("weights", "dtype", "catalog_fingerprint"))),
+        embeddings=hash_text(*(str(stored[name]) for name in ("weights", "dtype", "bf16", "catalog_fingerprint"))),
     )
     manifest = start_run(folder, wanted)
     parts = shard_paths(source / "embeddings", -(-stored["galaxies"] // stored["shard_size"]))

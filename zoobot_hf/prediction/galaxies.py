@@ -65,6 +65,7 @@ def predict_galaxies(
     device: str | torch.device = "cpu",
     prevalence: str | None = None,
     torch_compile: bool = False,
+    bf16: bool | None = None,
 ) -> Predictions:
     """The predictions for every galaxy of a catalog, and the galaxies that can't be read.
 
@@ -79,6 +80,8 @@ def predict_galaxies(
         prevalence: "sky" or "training": for galaxies with that prevalence; what the model's outputs are for when
             absent.
         torch_compile: Whether to compile the model, which pays from some thousand images on.
+        bf16: Whether the encoder computes in bfloat16, which is faster and moved the probabilities of 470 real rings by
+            0.01 (root mean square; at most 0.05); when absent, on a GPU that has it in hardware.
 
     Raises:
         ValueError: A prevalence that isn't known, or that the model lacks.
@@ -88,7 +91,7 @@ def predict_galaxies(
     rows = catalog[["id_str", "file_loc"]].to_dict("records")
     found, failures = [], []
     with (
-        inference_runner(model, batch_size=batch_size, device=device, torch_compile=torch_compile) as runner,
+        inference_runner(model, batch_size, device=device, torch_compile=torch_compile, bf16=bf16) as runner,
         tqdm(total=len(catalog), desc="predicting", unit="galaxy") as progress,
     ):
         for batch in run_galaxies(runner, processor, rows, interpret=interpret):
@@ -102,7 +105,12 @@ def predict_galaxies(
 
 @contextlib.contextmanager
 def inference_runner(
-    model: ZoobotPreTrainedModel, *, batch_size: int | None, device: str | torch.device, torch_compile: bool = False
+    model: ZoobotPreTrainedModel,
+    batch_size: int | None,
+    *,
+    device: str | torch.device,
+    torch_compile: bool,
+    bf16: bool | None,
 ) -> Iterator[InferenceRunner]:
     """What runs the model; afterwards the model's memory is as it was, so that it can be saved.
 
@@ -111,11 +119,12 @@ def inference_runner(
         batch_size: Galaxies that the encoder sees at once; what suits the device when absent.
         device: Where the model runs.
         torch_compile: Whether to compile the model.
+        bf16: As in `predict_galaxies`.
     """
     model.to(device)
     size = batch_size or default_batch_size(model.device)
     try:
-        with InferenceRunner(model, batch_size=size, torch_compile=torch_compile) as runner:
+        with InferenceRunner(model, batch_size=size, torch_compile=torch_compile, bf16=bf16) as runner:
             yield runner
     finally:
         model.to(memory_format=torch.contiguous_format)  # safetensors saves no other

@@ -28,7 +28,7 @@ from .shards import Shard, read_failures, read_shard, remove_partial_files, shar
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 GALAXIES_IN_A_SHARD = 4096
 SECONDS_BETWEEN_LOOKS = 0.2
 LIBRARIES = ("zoobot-hf", "torch", "transformers", "timm", "pillow", "astropy")
@@ -41,6 +41,7 @@ FIXED = {
     "prevalence": "another prevalence",
     "embeddings": "other embeddings, or of images instead of embeddings",
     "dtype": "another number type",
+    "bf16": "another precision, bfloat16 or not",
     "pca": "another PCA",
     "catalog_fingerprint": "another catalog, or one that has changed since",
 }

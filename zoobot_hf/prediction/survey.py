@@ -15,7 +15,7 @@ import torch
 
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.training.embedding_cache import hash_weights
-from zoobot_hf.training.machine import prepare_processes
+from zoobot_hf.training.machine import prepare_processes, uses_bf16
 
 from .galaxies import (
     Classifier,
@@ -55,6 +55,7 @@ def predict_survey(
     device: str | torch.device = "cpu",
     prevalence: str | None = None,
     torch_compile: bool = False,
+    bf16: bool | None = None,
     retry_failures: bool = False,
     max_failures: int | None = None,
 ) -> Survey:
@@ -77,6 +78,7 @@ def predict_survey(
         prevalence: "sky" or "training": for galaxies with that prevalence; what the model's outputs are for when
             absent.
         torch_compile: Whether to compile the model.
+        bf16: As in `predict_galaxies`.
         retry_failures: Whether galaxies that failed in an earlier run are tried again.
         max_failures: More failures than this in one process's share stop the run.
 
@@ -85,7 +87,8 @@ def predict_survey(
 
     Raises:
         CatalogError: The catalog can't be read, is empty, or has a name twice; the Hub can't be reached.
-        SurveyError: The folder holds the predictions of another model or catalog, or there are too many failures.
+        SurveyError: The folder holds the predictions of another model or catalog or of another precision, or there are
+            too many failures.
         OSError: No space left, or no right to write; finished files stay.
         ValueError: A prevalence that the model lacks, or a size below 1.
     """
@@ -104,6 +107,7 @@ def predict_survey(
         shard_size=shard_size,
         batch_size=batch_size,
         prevalence=prevalence or model.config.predictions_for,
+        bf16=uses_bf16(model.device, bf16),
     )
     folder = Path(output)
     manifest = start_run(folder, wanted)
@@ -113,7 +117,7 @@ def predict_survey(
         return arrow_table(table_of(galaxies, model, prevalence=prevalence))
 
     interpret = functools.partial(read_outputs, config=model.config, prevalence=prevalence)
-    with inference_runner(model, batch_size=size, device=device, torch_compile=torch_compile) as runner:
+    with inference_runner(model, size, device=device, torch_compile=torch_compile, bf16=bf16) as runner:
         work = WorkOnImages(runner, processor, verb="predicting", interpret=interpret, tabulate=tabulate)
         pieces = read_pieces(source, rows=manifest["shard_size"])
         run_shards(folder, manifest, work, pieces, retry_failures=retry_failures, max_failures=max_failures)

@@ -9,6 +9,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from .machine import uses_bf16
+
 MOST_WORKERS = 8
 
 # What the model card says of a stage.
@@ -62,7 +64,7 @@ class _StageArguments(TrainingArguments):
     )
 
     bf16: bool | None = field(
-        default=None, metadata={"help": "Mixed precision in bfloat16; where absent, on a GPU that has it."}
+        default=None, metadata={"help": "Mixed precision in bfloat16; where absent, on a GPU that has it in hardware."}
     )
     dataloader_num_workers: int | None = field(
         default=None,
@@ -112,7 +114,7 @@ class _StageArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
-            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+            self.bf16 = not self.fp16 and uses_bf16(torch.device("cuda" if on_gpu else "cpu"))
         if self.dataloader_num_workers is None:
             # A CPU that trains has no cores to spare; stored embeddings need no decoding.
             self.dataloader_num_workers = self._workers_for_images() if on_gpu else 0

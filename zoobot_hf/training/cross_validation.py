@@ -304,6 +304,7 @@ def _embed(
             dtype=arguments.embedding_dtype,
             cache_dir=arguments.embedding_cache_dir,
             torch_compile=arguments.torch_compile,
+            bf16=arguments.bf16,
         )
         for each in (None, views if arguments.augment else None)
     )

@@ -36,7 +36,7 @@ from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 
 from .augmentation import NUMBERS_OF_A_TURN, margin_of_turns, turn_galaxies
-from .machine import InferenceRunner, default_batch_size, prepare_processes, stack_images
+from .machine import InferenceRunner, default_batch_size, prepare_processes, stack_images, uses_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +111,13 @@ def compute_embeddings(
     cache_dir: str | Path | None = None,
     batch_size: int | None = None,
     torch_compile: bool = False,
+    bf16: bool | None = None,
 ) -> datasets.Dataset:
     """The embeddings of a dataset's images: from the cache where they are there, else from one pass of the encoder.
 
     Under `accelerate launch` the processes share the work. The cache's key is made of the encoder's weights and
-    configuration, the processor, the views, the images, the kind of device and the versions of the libraries. Labels
+    configuration, the processor, the views, the images, the kind of device, its precision and the versions of the
+    libraries. Labels
     and the head are not part of it.
 
     Args:
@@ -127,6 +129,7 @@ def compute_embeddings(
         cache_dir: Where the files lie; see the module's first lines when absent.
         batch_size: Images that the encoder sees at once; what suits the device when absent.
         torch_compile: Whether to compile the encoder, which pays from some thousand images on.
+        bf16: Whether the encoder computes in bfloat16; when absent, on a GPU that has it in hardware.
 
     Returns:
         A row for each galaxy and view, galaxy by galaxy in the order of `dataset`: `embeddings` (memory-mapped),
@@ -145,6 +148,7 @@ def compute_embeddings(
         cache_dir=cache_dir,
         batch_size=batch_size,
         torch_compile=torch_compile,
+        bf16=bf16,
     )
     _, per_galaxy, size = stored.values.shape
     flat = pa.array(stored.values.numpy().reshape(-1))  # no copy: still the file's own memory
@@ -169,6 +173,7 @@ def store_embeddings(
     cache_dir: str | Path | None = None,
     batch_size: int | None = None,
     torch_compile: bool = False,
+    bf16: bool | None = None,
 ) -> Stored:
     """The cache's file for a dataset, computed where it isn't there; arguments and errors as `compute_embeddings`."""
     if dtype not in DTYPES:
@@ -183,7 +188,8 @@ def store_embeddings(
         first_rows.setdefault(identity, row)
     numbers = {identity: number for number, identity in enumerate(first_rows)}
     rows = torch.tensor([numbers[identity] for identity in identities], dtype=torch.long)
-    key = _hash_facts(model, processor, views=views, dtype=dtype, images=_hash_text(*first_rows))
+    images = _hash_text(*first_rows)
+    key = _hash_facts(model, processor, views=views, dtype=dtype, bf16=uses_bf16(model.device, bf16), images=images)
     path = Path(cache_dir or cache_folder()) / f"{key}.safetensors"
     shape = (len(first_rows), views.count if views else 1, _embedding_size(model))
     values = _open_on_all_processes(path, shape)
@@ -193,7 +199,7 @@ def store_embeddings(
         image_rows = undecoded.select(list(first_rows.values()))
         name = model.config.encoder_name or model.config.encoder_config.model_type
         with (
-            InferenceRunner(encoder, batch_size=size, torch_compile=torch_compile) as runner,
+            InferenceRunner(encoder, batch_size=size, torch_compile=torch_compile, bf16=bf16) as runner,
             _EmbeddingFile(path, shape, dtype=dtype, encoder_name=name) as file,
         ):
             _run_encoder(runner, processor, image_rows, file, views=views)
@@ -308,7 +314,13 @@ def _identify(image: dict[str, Any]) -> str:
 
 
 def _hash_facts(
-    model: ZoobotPreTrainedModel, processor: ZoobotImageProcessor, *, views: Views | None, dtype: str, images: str
+    model: ZoobotPreTrainedModel,
+    processor: ZoobotImageProcessor,
+    *,
+    views: Views | None,
+    dtype: str,
+    bf16: bool,
+    images: str,
 ) -> str:
     config = model.config
     facts = {
@@ -321,6 +333,7 @@ def _hash_facts(
         "images": images,
         "dtype": dtype,
         "device": model.device.type,
+        "bf16": bf16,
         "versions": {library: version(library) for library in LIBRARIES},
     }
     return _hash_text(json.dumps(facts, sort_keys=True, default=str))

@@ -84,26 +84,41 @@ def default_batch_size(device: torch.device) -> int:
     return BATCH_SIZE_ON_CPU if device.type == "cpu" else BATCH_SIZE_ON_GPU
 
 
+def uses_bf16(device: torch.device, bf16: bool | None = None) -> bool:
+    """Whether a network computes in bfloat16: as is asked for, or else on a GPU that has it in hardware.
+
+    Args:
+        device: Where it runs.
+        bf16: What is asked for, if anything is.
+    """
+    if bf16 is not None:
+        return bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class InferenceRunner:
     """Runs a module on batches of images without gradients, in evaluation mode, as fast as its device allows.
 
-    Convolutions get channels-last memory, a GPU bfloat16, and every batch the same size, so that a compiled module is
-    compiled once and an image's result does not depend on how many others came with it. On a CPU a copy of the module
-    runs whose BatchNorms are folded into its convolutions. Used in a `with` statement, it ends the processes that read
-    for it.
+    Convolutions get channels-last memory, and every batch the same size, so that a compiled module is compiled once and
+    an image's result does not depend on how many others came with it. On a CPU a copy of the module runs whose
+    BatchNorms are folded into its convolutions. Used in a `with` statement, it ends the processes that read for it.
 
     Args:
         module: Takes `pixel_values` (batch, channels, height, width); moved to channels-last memory.
         batch_size: Images that the module sees at once.
         torch_compile: Whether to compile the module, which takes up to a minute and pays from some thousand images on.
+        bf16: Whether to compute in bfloat16; as in `uses_bf16` when absent.
     """
 
-    def __init__(self, module: nn.Module, *, batch_size: int, torch_compile: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, *, batch_size: int, torch_compile: bool = False, bf16: bool | None = None
+    ) -> None:
         tune_memory_allocator()
         self.batch_size = batch_size
         self.device = next(module.parameters()).device
         self.module = module.eval().to(memory_format=torch.channels_last)
         self.torch_compile = torch_compile
+        self.bf16 = uses_bf16(self.device, bf16)
         self._prepared: Callable[..., Any] | None = None
         count = _reading_processes(self.device)
         self._processes = ReadingProcesses(count) if count > 1 else None
@@ -144,7 +159,7 @@ class InferenceRunner:
             self._prepared = self._prepare(pixel_values[:1])
         with (
             torch.inference_mode(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
         ):
             inputs = pixel_values.to(self.device).contiguous(memory_format=torch.channels_last)
             output: Tensor = self._prepared(pixel_values=inputs)[0]

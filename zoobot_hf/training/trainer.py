@@ -359,6 +359,7 @@ class FrozenStageTrainer(_StageTrainer):
             dtype=self.args.embedding_dtype,
             cache_dir=self.args.embedding_cache_dir,
             torch_compile=self.args.torch_compile,
+            bf16=self.args.bf16,
         )
         embeddings = StoredEmbeddings(stored, read_labels(dataset, self.classifier))
         if isinstance(self.model, HeadGrid):
