@@ -12,9 +12,12 @@ file at once, so that an interrupted benchmark isn't lost: `--results FILE` goes
   with the median of its steady epochs, and the value is marked with *.
 - `accuracy`: accuracy, log loss and ROC AUC of the frozen stage after 20 epochs, each fold the test split once; folds
   that the file has already are not run again.
-- `unfrozen`: images per second of training, validation not counted, median of the epochs after the first.
+- `unfrozen`: images per second of training, validation not counted, median of the epochs after the first; ours, like
+  the bare loop's, are the best of eager and compiled.
 - `prediction`: images per second of a catalog of JPEG files, after a short catalog for warming up; ours, like the bare
   loop's, are the best of eager and compiled.
+- `unfrozen_bf16` and `prediction_bf16`: the same with all of them in bfloat16, in which on a GPU ours and the bare loop
+  compute in any case.
 - `embeddings`: images per second of the one pass of the encoder that the frozen stage needs, from JPEG files.
 - `reading`: images per second from JPEG files to batches, with no encoder behind: what an encoder can get at most.
 - `data`: milliseconds of CPU time for a training image, from the JPEG file to the encoder's input.
@@ -55,7 +58,9 @@ ROWS = {
     "frozen": ("ours", "zoobot", "trainer"),
     "accuracy": ("ours", "zoobot"),
     "unfrozen": ("ours", "zoobot", "trainer", "bare"),
+    "unfrozen_bf16": ("ours", "zoobot", "bare"),
     "prediction": ("ours", "zoobot", "bare"),
+    "prediction_bf16": ("ours", "zoobot", "bare"),
     "embeddings": ("ours",),
     "reading": ("ours",),
     "data": ("ours", "zoobot", "trainer"),
@@ -77,6 +82,7 @@ class Job:
     epochs: int = 0
     batch_size: int = 32
     galaxies: int = 0
+    bf16: bool = False
     is_recorded: bool = True
 
 
@@ -159,6 +165,9 @@ def plan(options):
 def jobs_of_row(row, competitor, encoder, repeat, options):
     """What one competitor runs for a row, once."""
     base = {"row": row, "competitor": competitor, "encoder": encoder, "batch_size": options.batch_size}
+    if row.endswith("_bf16"):
+        row = row.removesuffix("_bf16")
+        base["bf16"] = True
     fold = repeat % options.folds
     if row == "frozen":
         most = max(options.epochs) if competitor == "ours" else options.peer_epochs
@@ -252,6 +261,8 @@ def command_of(job, options, *, scratch, output):
     command += ["--encoder", job.encoder if is_folder else options.work / "encoders" / job.encoder]
     command += ["--fold", options.work / f"fold-{job.fold}.csv", "--scratch", Path(scratch) / "scratch"]
     command += ["--epochs", job.epochs, "--batch_size", job.batch_size, "--galaxies", job.galaxies]
+    if job.bf16:
+        command.append("--bf16")
     if job.competitor == "ours":
         command += ["--arguments", options.arguments]
     if job.competitor == "bare" and options.variants:

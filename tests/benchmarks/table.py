@@ -128,8 +128,10 @@ def find_lines(records):
         ),
         Line("unfrozen stage, images/s", True, ("unfrozen",), result("images_per_second")),
         Line("unfrozen stage, peak memory, MiB", False, ("unfrozen",), peak_memory),
+        Line("unfrozen stage in bfloat16, images/s", True, ("unfrozen_bf16",), result("images_per_second")),
         Line("prediction, images/s", True, ("prediction",), result("images_per_second")),
         Line("prediction, peak memory, MiB", False, ("prediction",), peak_memory),
+        Line("prediction in bfloat16, images/s", True, ("prediction_bf16",), result("images_per_second")),
         *(
             Line(f"prediction of {n:,}, peak memory, MiB", False, ("prediction_memory",), peak_memory, galaxies=n)
             for n in catalogs
