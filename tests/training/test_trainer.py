@@ -1,10 +1,12 @@
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.models.convnext.modeling_convnext import ConvNextLayer
 
 from zoobot_hf import FrozenStageArguments, FrozenStageTrainer, UnfrozenStageArguments, UnfrozenStageTrainer
+from zoobot_hf.data.images import UnreadableImageError
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.training.embedding_cache import compute_embeddings, list_cache
 from zoobot_hf.training.trainer import GalaxyCollator, layer_decay_groups
@@ -263,3 +265,34 @@ def test_what_is_logged_reaches_a_tracker(layer_norm_model, galaxies, processor,
     )
     trainer.train()
     assert {"eval_loss", "eval_accuracy", "eval_roc_auc", "eval_completeness", "eval_purity"} <= set().union(*logged)
+
+
+def test_an_image_that_cannot_be_read_in_training_is_named(
+    layer_norm_model, galaxies, processor, galaxy_folder, tmp_path
+):
+    path = galaxy_folder / "images/galaxy_03.png"
+    path.write_bytes(path.read_bytes()[:50])
+    files = [str(galaxy_folder / f"images/galaxy_{index:02d}.png") for index in range(24)]
+    damaged = Dataset.from_dict(
+        {"image": files, "label": galaxies["label"][:24]},
+        features=Features({"image": Image(), "label": galaxies.features["label"]}),
+    )
+    trainer = UnfrozenStageTrainer(
+        layer_norm_model,
+        unfrozen_arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False),
+        processing_class=processor,
+        train_dataset=damaged,
+    )
+    with pytest.raises(UnreadableImageError, match=r"galaxy_03.png can't be read: it is damaged"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_prepare_what_the_main_process_does(workers, layer_norm_model, galaxies, processor, tmp_path):
+    arguments = unfrozen_arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)
+    trainer = UnfrozenStageTrainer(layer_norm_model, arguments, processing_class=processor, train_dataset=galaxies)
+    batches = DataLoader(trainer.train_dataset, batch_size=8, num_workers=workers, collate_fn=trainer.data_collator)
+    fields = torch.cat([batch["pixel_values"] for batch in batches])
+    margin = trainer.train_dataset.format["format_kwargs"]["transform"].margin
+    expected = [processor.crop_and_resize(image, margin=margin) for image in galaxies["image"]]
+    assert torch.equal(fields, torch.stack(expected))

@@ -367,7 +367,7 @@ def _run_encoder(
     state = PartialState()
     share = math.ceil(math.ceil(len(images) / runner.batch_size) / state.num_processes) * runner.batch_size
     start, stop = (min(len(images), rank * share) for rank in (state.process_index, state.process_index + 1))
-    read = functools.partial(_read_image, processor=processor, margin=margin)
+    read = functools.partial(_read_numbered, processor=processor, margin=margin)
     numbered = ((row, images[row]["image"]) for row in range(start, stop))
     draws = None if views is None else _draw_views(views, len(images))
     total = (stop - start) * file.views
@@ -392,13 +392,28 @@ def _run_encoder(
             start = following
 
 
-def _read_image(numbered: tuple[int, dict[str, Any]], *, processor: ZoobotImageProcessor, margin: float) -> Tensor:
+def _read_numbered(numbered: tuple[int, dict[str, Any]], *, processor: ZoobotImageProcessor, margin: float) -> Tensor:
     row, image = numbered
+    return read_wide_field(image, processor, margin=margin, name=f"image {row}")
+
+
+def read_wide_field(image: dict[str, Any], processor: ZoobotImageProcessor, *, margin: float, name: str) -> Tensor:
+    """An image as `processor.crop_and_resize` makes it, uint8, (3, height, width).
+
+    Args:
+        image: Of a dataset's image column that isn't decoded: `bytes`, or `path` where they are None.
+        processor: The encoder's image processor.
+        margin: Factor by which the field is wider than the processor's crop.
+        name: What an error calls an image without a path.
+
+    Raises:
+        UnreadableImageError: It can't be opened, or the processor refuses it.
+    """
     try:
         opened = open_image(image["bytes"] if image["bytes"] is not None else image["path"])
         return processor.crop_and_resize(opened, margin=margin)
     except ValueError as error:
-        raise UnreadableImageError(f"{image['path'] or f'image {row}'} can't be read: {error}.") from error
+        raise UnreadableImageError(f"{image['path'] or name} can't be read: {error}.") from error
 
 
 def _draw_views(views: Views, count: int) -> Tensor:
