@@ -1,6 +1,7 @@
 import io
 import math
 import os
+import signal
 import struct
 import threading
 import warnings
@@ -143,6 +144,17 @@ def test_what_a_process_raises_ends_the_reading(tmp_path):
     processes = ReadingProcesses(2)
     with pytest.raises(UnreadableImageError, match=r"^there is no such file$"):
         list(processes.read(open_image, [tmp_path / "none.png"], batch_size=2, collate=list))
+    processes.close()
+
+
+def kill_own_process(item):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_reported():
+    processes = ReadingProcesses(2)
+    with pytest.raises(RuntimeError, match=r"^one of 2 processes that read images was killed.* batch_size below 4\.$"):
+        list(processes.read(kill_own_process, range(100), batch_size=4, collate=list))
     processes.close()
 
 

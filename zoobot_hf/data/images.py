@@ -10,6 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -233,6 +234,9 @@ class ReadingProcesses:
             items: What to read; they are taken as they are needed.
             batch_size: Items in a batch, at least 1; the last one may have fewer.
             collate: Makes one batch; a function that can be pickled.
+
+        Raises:
+            RuntimeError: A process was killed.
         """
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
@@ -243,11 +247,18 @@ class ReadingProcesses:
         batches = iter(lambda: list(islice(remaining, batch_size)), [])
         ahead: deque[Future[Batch]] = deque()
         while True:
-            wanted = islice(batches, self.count + 2 - len(ahead))
-            ahead.extend(self._pool.submit(_read_batch, read, batch, collate) for batch in wanted)
-            if not ahead:
-                return
-            yield ahead.popleft().result()
+            try:
+                wanted = islice(batches, self.count + 2 - len(ahead))
+                ahead.extend(self._pool.submit(_read_batch, read, batch, collate) for batch in wanted)
+                if not ahead:
+                    return
+                batch = ahead.popleft().result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    f"one of {self.count} processes that read images was killed, likely because the memory is full; "
+                    f"free some of it, or choose a batch_size below {batch_size}."
+                ) from error
+            yield batch
 
     def close(self) -> None:
         """Ends the processes."""
