@@ -33,7 +33,7 @@ except ImportError:  # torchvision 0.29 says that a later one will not have it
 
 # PIL releases the interpreter while it decodes, so threads help.
 DECODING_THREADS = max(4, os.cpu_count() or 4)
-BATCHES_IN_A_TURN = 8
+BATCHES_IN_A_TURN = 4
 MOST_READING_PROCESSES = 16
 # How files in FITS begin, and how compressed ones do, which FITS files often are.
 FITS_BEGINNING, GZIP_BEGINNING, BZIP2_BEGINNING = b"SIMPLE  =", b"\x1f\x8b", b"BZh"
