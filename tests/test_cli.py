@@ -490,6 +490,18 @@ def test_a_table_of_any_format_holds_the_predictions(
     assert_same_predictions(read_table(output), expected_table)
 
 
+def test_the_precision_is_what_was_asked_for(shared_galaxy_folder, model_folder, tmp_path, zoobot_hf, expected_table):
+    tables = []
+    for option in ("--bf16", "--no-bf16"):
+        output = tmp_path / f"{option}.csv"
+        predict = ("predict", "--model", model_folder, "--images", shared_galaxy_folder, "--output", output)
+        assert zoobot_hf(*predict, option).status == 0
+        tables.append(pd.read_csv(output))
+    rounded, exact = tables
+    assert_same_predictions(exact, expected_table)
+    assert 0 < (rounded["probability_ring"] - exact["probability_ring"]).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".fits"])
 def test_a_catalog_of_any_format_is_predicted(suffix, galaxy_folder, model_folder, tmp_path, zoobot_hf, expected_table):
     from astropy.table import Table
@@ -737,6 +749,8 @@ def test_resume_refuses_other_arguments(run_folder, shared_galaxy_folder, encode
     before = contents(run_folder)
     options = finetune_options(shared_galaxy_folder, encoder_folder, run_folder, frozen_epochs=2)
     assert "had another FrozenStageArguments" in refused(*options, "--resume")
+    same = finetune_options(shared_galaxy_folder, encoder_folder, run_folder)
+    assert "had another FrozenStageArguments" in refused(*same, "--resume", "--bf16")
     assert contents(run_folder) == before
 
 

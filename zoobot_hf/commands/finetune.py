@@ -27,7 +27,7 @@ from ..training.cross_validation import (
 )
 from ..training.finetuning import Finetuned, check_output, finetune
 from .inputs import choose_device, load_dataset, load_votes, stage_arguments
-from .options import add_device, add_encoder_and_dataset, add_seed, number, share
+from .options import add_device, add_encoder_and_dataset, add_precision, add_seed, number, share
 
 FRACTIONS = ("validation_fraction", "test_fraction")
 FRACTION = 0.2
@@ -122,6 +122,7 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
         type=number(int, 1),
         help="unfreeze only this many of the encoder's last blocks (default: all)",
     )
+    add_precision(parser)
 
 
 def _add_earlier_run(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +185,7 @@ def _split(options: argparse.Namespace, galaxies: Dataset | DatasetDict) -> Data
 
 def _read_stages(options: argparse.Namespace) -> Stages:
     """How the frozen and the unfrozen stage train, of the folds and of the final model alike."""
-    frozen, unfrozen = stage_arguments(options)
+    frozen, unfrozen = stage_arguments(options, bf16=options.bf16)
     if options.frozen_epochs is not None:
         frozen.num_train_epochs = options.frozen_epochs
     if options.unfrozen_epochs is not None:

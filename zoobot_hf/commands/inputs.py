@@ -75,6 +75,8 @@ def load_classifier(name: str) -> tuple[Classifier, ZoobotImageProcessor]:
     return load_finetuned(name)
 
 
-def stage_arguments(options: argparse.Namespace) -> tuple[FrozenStageArguments, UnfrozenStageArguments]:
-    common = {"seed": options.seed, "use_cpu": options.device == "cpu"}
+def stage_arguments(
+    options: argparse.Namespace, *, bf16: bool | None = None
+) -> tuple[FrozenStageArguments, UnfrozenStageArguments]:
+    common = {"seed": options.seed, "use_cpu": options.device == "cpu", "bf16": bf16}
     return FrozenStageArguments(**common), UnfrozenStageArguments(**common)

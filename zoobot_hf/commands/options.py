@@ -78,6 +78,10 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--torch_compile", action="store_true", help="compile the model, which pays from some thousand images on"
     )
+    add_precision(parser)
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,

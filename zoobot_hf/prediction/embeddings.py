@@ -199,7 +199,7 @@ def predict_embeddings(
         shard_size=stored["shard_size"],
         batch_size=stored["shard_size"],
         prevalence=prevalence or model.config.predictions_for,
-        embeddings=hash_text(*(str(stored[name]) for name in ("weights", "dtype", "bf16", "catalog_fingerprint"))),
+        embeddings=hash_text(*(str(stored.get(name)) for name in ("weights", "dtype", "bf16", "catalog_fingerprint"))),
     )
     manifest = start_run(folder, wanted)
     parts = shard_paths(source / "embeddings", -(-stored["galaxies"] // stored["shard_size"]))
