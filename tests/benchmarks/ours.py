@@ -33,7 +33,7 @@ from zoobot_hf import (
 )
 from zoobot_hf.data.images import open_image
 from zoobot_hf.training.embedding_cache import Views, compute_embeddings
-from zoobot_hf.training.machine import InferenceRunner, default_batch_size, stack_images
+from zoobot_hf.training.machine import InferenceRunner, default_batch_size
 
 EMBEDDING_SIZE = 640
 SMALL_PIXELS = 16
@@ -171,7 +171,7 @@ def read_images(options, clock):
     read = partial(read_image, processor=processor)
     started = clock.seconds()
     with InferenceRunner(model.to(choose_device()), batch_size=default_batch_size(choose_device())) as runner:
-        for images in runner.read(read, paths, collate=stack_images):
+        for images in runner.read(read, paths, collate=torch.stack):
             processor.rescale_and_normalize(images.to(runner.device))
     return {"images_per_second": len(paths) / (clock.seconds() - started)}
 

@@ -15,7 +15,7 @@ import torch
 from ours import read_image
 
 from zoobot_hf import ZoobotForImageClassification, image_processor_for
-from zoobot_hf.training.machine import InferenceRunner, default_batch_size, stack_images
+from zoobot_hf.training.machine import InferenceRunner, default_batch_size
 
 GALAXIES = 128
 
@@ -31,7 +31,7 @@ def main(encoder, folder, rounds="6"):
             load(encoder), batch_size=default_batch_size(model.device), torch_compile=torch_compile
         )
         first = [read_image(path, processor) for path in paths[: runner.batch_size]]
-        pixels = processor.rescale_and_normalize(stack_images(first))
+        pixels = processor.rescale_and_normalize(torch.stack(first))
         model = torch.compile(model) if torch_compile else model
         competitors |= {
             f"bare, {mode}": partial(repeat, partial(run_bare, model, pixels), len(paths) // runner.batch_size),
@@ -65,7 +65,7 @@ def run_bare(model, pixels):
 
 
 def predict_files(runner, processor, paths):
-    for images in runner.read(partial(read_image, processor=processor), paths, collate=stack_images):
+    for images in runner.read(partial(read_image, processor=processor), paths, collate=torch.stack):
         runner(processor.rescale_and_normalize(images))
 
 

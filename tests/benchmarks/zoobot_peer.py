@@ -67,17 +67,13 @@ def train(options, clock, mode):
         patience=options.epochs + 1,
         default_root_dir=options.scratch,
         enable_progress_bar=False,
-        precision=choose_precision(options),
+        precision="bf16-mixed" if options.bf16 else None,
     )
     trainer.callbacks.insert(0, ClockCallback(clock))
     trainer.fit(model, data)
     best = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
     model.load_state_dict(best["state_dict"])
     return model, clock.summarize()
-
-
-def choose_precision(options):
-    return "bf16-mixed" if options.bf16 else None
 
 
 def train_frozen(options, clock):
@@ -99,11 +95,7 @@ def predict(model, catalog, options):
         label_cols=CLASS_NAMES,
         inference_transform=get_galaxy_transform(minimal_view_config()),
         datamodule_kwargs={"batch_size": options.batch_size, "num_workers": options.workers},
-        trainer_kwargs={
-            "enable_progress_bar": False,
-            "logger": False,
-            "precision": choose_precision(options),
-        },
+        trainer_kwargs={"enable_progress_bar": False, "logger": False},
     )
 
 

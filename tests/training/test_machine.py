@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from zoobot_hf.training.machine import InferenceRunner, fold_batch_norms, stack_images
+from zoobot_hf.training.machine import InferenceRunner, fold_batch_norms
 
 
 class Recorder(nn.Module):
@@ -30,13 +30,6 @@ def test_a_module_sees_batches_of_one_kind_so_that_it_is_compiled_once(memory_fo
     ((shape, _, is_channels_last),) = module.kinds
     assert shape == (4, 3, 8, 8)
     assert is_channels_last
-
-
-def test_stacked_images_lie_in_channels_last_memory():
-    images = [torch.rand(3, 5, 4) for _ in range(2)]
-    batch = stack_images(images)
-    assert torch.equal(batch, torch.stack(images))
-    assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

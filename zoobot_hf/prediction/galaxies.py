@@ -18,7 +18,7 @@ from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification, ZoobotPreTrainedModel
-from zoobot_hf.training.machine import InferenceRunner, default_batch_size, stack_images
+from zoobot_hf.training.machine import InferenceRunner, default_batch_size
 
 from .tables import survey_table
 
@@ -237,7 +237,7 @@ def _collate(batch: list[_Read]) -> tuple[list[tuple[Row | None, str | None]], T
     if shape is None:
         return rows, None
     blank = torch.zeros(shape, dtype=torch.uint8)
-    return rows, stack_images([blank if read.image is None else read.image for read in batch])
+    return rows, torch.stack([blank if read.image is None else read.image for read in batch])
 
 
 def _judge(row: Row | None, reason: str | None, output: Values) -> Galaxy:

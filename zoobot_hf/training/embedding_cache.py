@@ -36,7 +36,7 @@ from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 
 from .augmentation import NUMBERS_OF_A_TURN, margin_of_turns, turn_galaxies
-from .machine import InferenceRunner, default_batch_size, prepare_processes, stack_images, uses_bf16
+from .machine import InferenceRunner, default_batch_size, prepare_processes, uses_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -372,7 +372,7 @@ def _run_encoder(
     draws = None if views is None else _draw_views(views, len(images))
     total = (stop - start) * file.views
     with tqdm(total=total, desc="embedding", unit="image", disable=not state.is_main_process) as progress:
-        for read_images in runner.read(read, numbered, collate=stack_images):
+        for read_images in runner.read(read, numbered, collate=torch.stack):
             batch = read_images.to(runner.device)
             following = start + len(batch)
             outputs = []

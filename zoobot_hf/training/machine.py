@@ -58,15 +58,6 @@ def prepare_processes() -> None:
     PartialState(cpu=not torch.cuda.is_available())
 
 
-def stack_images(images: list[Tensor]) -> Tensor:
-    """One batch, (batch, channels, height, width), in channels-last memory, in which the processor leaves its images.
-
-    Args:
-        images: (channels, height, width) each.
-    """
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-
-
 def _reading_processes(device: torch.device) -> int:
     """How many processes read for a GPU: this process's share of the cores but one; none where none can be forked."""
     if device.type != "cuda" or "fork" not in multiprocessing.get_all_start_methods():
