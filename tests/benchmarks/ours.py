@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from competitor import CLASS_NAMES, Clock, measure_data_path, read_catalog, run_task, score_table
+from competitor import CLASS_NAMES, Clock, measure_data_path, measure_prediction, read_catalog, run_task, score_table
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PillowImage
 from trainer_clock import ClockCallback
@@ -125,15 +125,15 @@ def predict_once(options, clock):
 
 
 def rate_of_prediction(options, clock, **settings):
-    """Images per second, after a short catalog for warming up."""
     model, processor = load_model(options)
     catalog = read_catalog(options, "all")
     settings |= {"device": choose_device(), "bf16": options.bf16 or None}
-    predict_galaxies(model, processor, catalog.head(2 * options.batch_size), **settings)
-    started = clock.seconds()
-    predictions = predict_galaxies(model, processor, catalog, **settings)
-    assert len(predictions.table) == len(catalog)
-    return len(catalog) / (clock.seconds() - started)
+
+    def predict(chosen):
+        predictions = predict_galaxies(model, processor, chosen, **settings)
+        assert len(predictions.table) == len(chosen)
+
+    return measure_prediction(predict, catalog, options, clock)
 
 
 def choose_device():

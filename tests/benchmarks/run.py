@@ -14,8 +14,8 @@ file at once, so that an interrupted benchmark isn't lost: `--results FILE` goes
   that the file has already are not run again.
 - `unfrozen`: images per second of training, validation not counted, median of the epochs after the first; ours, like
   the bare loop's, are the best of eager and compiled.
-- `prediction`: images per second of a catalog of JPEG files, after a short catalog for warming up; ours, like the bare
-  loop's, are the best of eager and compiled.
+- `prediction`: images per second of a catalog of JPEG files, beyond what a short one takes; ours, like the bare loop's,
+  are the best of eager and compiled.
 - `unfrozen_bf16` and `prediction_bf16`: the same with all of them in bfloat16, in which on a GPU ours and the bare loop
   compute in any case. Zoobot's prediction fails in it: it hands a bfloat16 tensor to NumPy.
 - `embeddings`: images per second of the one pass of the encoder that the frozen stage needs, from JPEG files.

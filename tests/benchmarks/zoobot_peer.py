@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning
 import timm
 import torch
-from competitor import CLASS_NAMES, measure_data_path, read_catalog, run_task, score_table
+from competitor import CLASS_NAMES, measure_data_path, measure_prediction, read_catalog, run_task, score_table
 from galaxy_datasets.pytorch.galaxy_datamodule import CatalogDataModule
 from galaxy_datasets.pytorch.galaxy_dataset import CatalogDataset
 from galaxy_datasets.transforms import default_view_config, get_galaxy_transform, minimal_view_config
@@ -101,10 +101,8 @@ def predict(model, catalog, options):
 
 def predict_catalog(options, clock):
     catalog, model = read_catalog(options, "all"), load_model(options, "head_only")
-    predict(model, catalog.head(2 * options.batch_size), options)
-    started = clock.seconds()
-    predict(model, catalog, options)
-    return {"images_per_second": len(catalog) / (clock.seconds() - started)}
+    rate = measure_prediction(lambda chosen: predict(model, chosen, options), catalog, options, clock)
+    return {"images_per_second": rate}
 
 
 def prepare_data(options, clock):
