@@ -117,8 +117,7 @@ def compute_embeddings(
 
     Under `accelerate launch` the processes share the work. The cache's key is made of the encoder's weights and
     configuration, the processor, the views, the images, the kind of device, its precision and the versions of the
-    libraries. Labels
-    and the head are not part of it.
+    libraries. Labels and the head are not part of it.
 
     Args:
         model: Any of the package's models; only its encoder is used, where it is, and it is left in evaluation mode.
