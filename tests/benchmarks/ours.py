@@ -81,10 +81,10 @@ def train_frozen(options, clock):
 def train_unfrozen(options, clock):
     """The best of eager and compiled, as for the bare loop; on a GPU gpu.py has both."""
     results = {}
-    for torch_compile in (False, True):
+    for name, torch_compile in (("eager", False), ("compiled", True)):
         torch.compiler.reset()
-        results[torch_compile] = train_unfrozen_once(options, Clock(), torch_compile=torch_compile)
-    rates = {name: results[key]["images_per_second"] for key, name in ((False, "eager"), (True, "compiled"))}
+        results[name] = train_unfrozen_once(options, Clock(), torch_compile=torch_compile)
+    rates = {name: result["images_per_second"] for name, result in results.items()}
     return {**max(results.values(), key=lambda result: result["images_per_second"]), "rates": rates}
 
 

@@ -96,10 +96,13 @@ class WideFields:
         Args:
             columns: With `image` (path or bytes, not decoded) and `label`.
         """
+        return {"wide_field": self._read_all(columns["image"]), "label": columns["label"]}
+
+    def _read_all(self, images: list[dict[str, Any]]) -> list[Tensor]:
         if get_worker_info() is not None:
-            return {"wide_field": [self._read(image) for image in columns["image"]], "label": columns["label"]}
+            return [self._read(image) for image in images]
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            return {"wide_field": list(pool.map(self._read, columns["image"])), "label": columns["label"]}
+            return list(pool.map(self._read, images))
 
     def _read(self, image: dict[str, Any]) -> Tensor:
         return read_wide_field(image, self.processor, margin=self.margin, name="an image of the training split")
