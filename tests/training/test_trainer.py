@@ -8,7 +8,9 @@ from transformers.models.convnext.modeling_convnext import ConvNextLayer
 from zoobot_hf import FrozenStageArguments, FrozenStageTrainer, UnfrozenStageArguments, UnfrozenStageTrainer
 from zoobot_hf.data.images import UnreadableImageError
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
+from zoobot_hf.training.augmentation import augment_galaxies
 from zoobot_hf.training.embedding_cache import compute_embeddings, list_cache
+from zoobot_hf.training.machine import InferenceRunner
 from zoobot_hf.training.trainer import GalaxyCollator, layer_decay_groups
 
 
@@ -104,6 +106,71 @@ def test_with_last_blocks_only_the_head_and_these_blocks_move(name, request, gal
     last_block = {f"zoobot.encoder.{name}" for name in model.encoder_blocks()[-1]}
     head = {f"head.{name}" for name, _ in model.head.named_parameters()}
     assert moved(before, model.state_dict()) == last_block | head
+
+
+EXACT, ROUNDED = {torch.float32}, {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_training", "in_evaluation"),
+    [
+        ({"bf16_steps": True}, ROUNDED, EXACT),
+        ({"bf16_steps": False}, EXACT, EXACT),
+        ({"bf16": False}, EXACT, EXACT),
+        ({"bf16": True}, ROUNDED, ROUNDED),
+    ],
+)
+def test_training_steps_and_evaluations_have_the_precision_that_is_asked_for(
+    settings, in_training, in_evaluation, layer_norm_model, galaxies, processor, tmp_path
+):
+    seen = {True: set(), False: set()}
+
+    def note(layer, inputs, output):
+        seen[layer.training].add(output.dtype)
+
+    # Under mixed precision a linear layer's output is rounded.
+    layer = next(part for part in layer_norm_model.encoder.modules() if isinstance(part, torch.nn.Linear))
+    layer.register_forward_hook(note)
+    arguments = unfrozen_arguments(tmp_path, num_train_epochs=1, **settings)
+    train(UnfrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    assert seen == {True: in_training, False: in_evaluation}
+
+
+def test_a_model_that_was_trained_in_bfloat16_predicts_in_the_precision_that_is_asked_for(
+    timm_convnext_model, galaxies, processor, tmp_path
+):
+    arguments = unfrozen_arguments(tmp_path, num_train_epochs=1, learning_rate=1e-2, bf16=True)
+    train(UnfrozenStageTrainer, timm_convnext_model, arguments, galaxies, processor)
+    images = torch.rand(4, 3, 32, 32)
+    exact, rounded = (InferenceRunner(timm_convnext_model, batch_size=4, bf16=bf16)(images) for bf16 in (False, True))
+    fresh = type(timm_convnext_model)(timm_convnext_model.config)
+    fresh.load_state_dict(timm_convnext_model.state_dict())
+    assert torch.equal(exact, InferenceRunner(fresh, batch_size=4, bf16=False)(images))
+    assert torch.equal(rounded, InferenceRunner(fresh, batch_size=4, bf16=True)(images))
+    assert not torch.equal(exact, rounded)
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_steps_are_in_bfloat16_on_a_cpu_that_is_fast_in_it(has_amx, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert unfrozen_arguments(tmp_path).bf16_steps is has_amx
+    assert unfrozen_arguments(tmp_path).bf16 is False
+    for settings in ({"bf16": False}, {"bf16": True}, {"bf16_steps": False}):
+        assert unfrozen_arguments(tmp_path, **settings).bf16_steps is False
+    assert unfrozen_arguments(tmp_path, bf16_steps=True).bf16_steps is True
+
+
+def test_wide_fields_are_augmented_in_float32(layer_norm_model, galaxies, processor, tmp_path, monkeypatch):
+    seen = []
+
+    def note(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return augment_galaxies(*args, **kwargs)
+
+    monkeypatch.setattr("zoobot_hf.training.trainer.augment_galaxies", note)
+    arguments = unfrozen_arguments(tmp_path, num_train_epochs=1, bf16_steps=True)
+    train(UnfrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    assert seen == [False, False, False]
 
 
 def test_batch_norm_statistics_move_when_they_are_not_kept(batch_norm_model, galaxies, processor, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .machine import uses_bf16
+from .machine import trains_in_bf16, uses_bf16
 
 MOST_WORKERS = 8
 
@@ -201,6 +201,13 @@ class UnfrozenStageArguments(_StageArguments):
     keep_batch_norm_statistics: bool = field(
         default=True, metadata={"help": "Keep the running mean and variance of BatchNorm layers."}
     )
+    bf16_steps: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Training steps in bfloat16 where evaluations are in float32, as predictions on a CPU are; where "
+            "absent, on a CPU with AMX, if bf16 is absent as well."
+        },
+    )
 
     learning_rate: float = field(
         default=1e-4, metadata={"help": "Learning rate of the head and the last block, Zoobot 2.9.0's."}
@@ -213,7 +220,10 @@ class UnfrozenStageArguments(_StageArguments):
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Galaxies a step and device."})
 
     def __post_init__(self) -> None:
+        chooses_precision = self.bf16 is None and not self.fp16
         super().__post_init__()
+        if self.bf16_steps is None:
+            self.bf16_steps = chooses_precision and trains_in_bf16(self.device)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}; give more than 0 and at most 1.")
 

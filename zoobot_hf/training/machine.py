@@ -87,6 +87,16 @@ def uses_bf16(device: torch.device, bf16: bool | None = None) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def trains_in_bf16(device: torch.device) -> bool:
+    """Whether training steps are faster in bfloat16 on a device that computes in float32 otherwise: a CPU with AMX.
+
+    Args:
+        device: Where it runs.
+    """
+    # Private, and there from torch 2.6 on; the public `get_capabilities` isn't.
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
 class InferenceRunner:
     """Runs a module on batches of images without gradients, in evaluation mode, as fast as its device allows.
 
@@ -157,8 +167,18 @@ class InferenceRunner:
             return output[:count].float().cpu()
 
     def _prepare(self, image: Tensor) -> Callable[..., Any]:
-        module = fold_batch_norms(self.module, image) if self.device.type == "cpu" else self.module
+        module = _without_precision(self.module)
+        module = fold_batch_norms(module, image) if self.device.type == "cpu" else module
         return torch.compile(module) if self.torch_compile else module
+
+
+def _without_precision(module: nn.Module) -> nn.Module:
+    """The module without the mixed precision that accelerate leaves on it after training; the parameters are shared."""
+    if "_original_forward" not in vars(module):
+        return module
+    bare = copy.copy(module)
+    del bare.forward
+    return bare
 
 
 @torch.no_grad()

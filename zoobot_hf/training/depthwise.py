@@ -1,0 +1,93 @@
+"""Depthwise convolutions on a CPU, where PyTorch's own are the slowest part of training a ConvNeXt or MobileNet."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# From here on a kernel's gradient is faster as a convolution: it takes 35 to 60% of the time for 7 x 7, 60% for 5 x 5,
+# and 3 times as long for 3 x 3. Other processors than these have other convolutions.
+SMALLEST_LARGE_KERNEL = 5
+MEASURED_PROCESSORS = ("AVX2", "AVX512")
+
+
+@contextmanager
+def fast_depthwise_convolutions(module: nn.Module) -> Iterator[None]:
+    """Inside, depthwise convolutions on a CPU stay in float32 under mixed precision, and large kernels learn faster.
+
+    In bfloat16 the gradient of a depthwise kernel takes up to four times as long as in float32, and half of a training
+    step. With both, ConvNeXt nano on two cores trains 1.1 times as fast in float32, and in bfloat16 1.6 times.
+
+    Args:
+        module: A model or a part of one; its state is not touched.
+    """
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d) and _is_depthwise(part)]
+    for convolution in convolutions:
+        changed = functools.partial(_convolve, convolution, convolution.forward)
+        convolution.forward = changed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for convolution in convolutions:
+            del convolution.forward
+
+
+def _is_depthwise(part: nn.Conv2d) -> bool:
+    return part.weight.device.type == "cpu" and 1 < part.groups == part.in_channels == part.out_channels
+
+
+def _convolve(convolution: nn.Conv2d, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        if _has_a_large_kernel(convolution):
+            weight, bias, padding = convolution.weight, convolution.bias, convolution.padding
+            outputs: Tensor = _LargeDepthwiseConvolution.apply(images.float(), weight, bias, padding)
+            return outputs
+        return forward(images.float())
+
+
+def _has_a_large_kernel(convolution: nn.Conv2d) -> bool:
+    is_plain = (
+        type(convolution) is nn.Conv2d  # others pad in ways of their own
+        and convolution.padding_mode == "zeros"
+        and not isinstance(convolution.padding, str)
+        and convolution.stride == convolution.dilation == (1, 1)
+    )
+    is_measured = torch.backends.cpu.get_cpu_capability() in MEASURED_PROCESSORS
+    return is_plain and is_measured and min(convolution.kernel_size) >= SMALLEST_LARGE_KERNEL
+
+
+class _LargeDepthwiseConvolution(torch.autograd.Function):
+    """A depthwise convolution of stride 1, whose gradients are such convolutions too.
+
+    That of the images is the outputs' convolved with the mirrored kernel, that of the kernel each image convolved with
+    its outputs'.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        ctx.padding = padding
+        return functional.conv2d(images, weight, bias, padding=padding, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        images, weight = ctx.saved_tensors
+        convolve = functools.partial(functional.conv2d, groups=len(weight))
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_images = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            (height, width), (above, beside) = weight.shape[2:], ctx.padding
+            of_images = convolve(gradient, weight.flip(2, 3), padding=(height - 1 - above, width - 1 - beside))
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.zeros_like(weight)
+            for image, kernels in zip(images.split(1), gradient.unsqueeze(2), strict=True):
+                of_weight += convolve(image, kernels, padding=ctx.padding).transpose(0, 1)
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum((0, 2, 3))
+        return of_images, of_weight, of_bias, None
