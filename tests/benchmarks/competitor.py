@@ -68,7 +68,9 @@ def parse_options(description):
     parser.add_argument("--galaxies", type=int, default=0, help="how many; the fold's own number when 0")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--arguments", type=json.loads, default={}, help="JSON: further arguments of our two stages")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 on a CPU as well")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="in bfloat16 or not; the default if absent"
+    )
     parser.add_argument("--variants", nargs="+", help="of the bare loop")
     return parser.parse_args()
 

@@ -60,7 +60,7 @@ def run(measure, encoder, is_compiled, choices):
             galaxies=choices.training_galaxies if is_training else choices.galaxies,
             batch_size=choices.training_batch_size if is_training else ours.default_batch_size(torch.device("cuda")),
             arguments={},
-            bf16=False,  # it is the GPU's default
+            bf16=None,  # the GPU's default is to compute in it
         )
         torch.compiler.reset()
         torch.cuda.empty_cache()

@@ -56,7 +56,7 @@ def common_arguments(options):
         "early_stopping_patience": None,
         "disable_tqdm": True,
         "seed": options.seed,
-        "bf16": options.bf16 or None,  # the default where it isn't asked for
+        "bf16": options.bf16,
         **options.arguments,
     }
 
@@ -127,7 +127,7 @@ def predict_once(options, clock):
 def rate_of_prediction(options, clock, **settings):
     model, processor = load_model(options)
     catalog = read_catalog(options, "all")
-    settings |= {"device": choose_device(), "bf16": options.bf16 or None}
+    settings |= {"device": choose_device(), "bf16": options.bf16}
 
     def predict(chosen):
         predictions = predict_galaxies(model, processor, chosen, **settings)

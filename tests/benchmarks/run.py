@@ -16,6 +16,8 @@ file at once, so that an interrupted benchmark isn't lost: `--results FILE` goes
   the bare loop's, are the best of eager and compiled.
 - `prediction`: images per second of a catalog of JPEG files, beyond what a short one takes; ours, like the bare loop's,
   are the best of eager and compiled.
+- `unfrozen_float32`: the same with ours in float32, as on a CPU the others are in any case; by default our steps are in
+  bfloat16 on a CPU with AMX.
 - `unfrozen_bf16` and `prediction_bf16`: the same with all of them in bfloat16, in which on a GPU ours and the bare loop
   compute in any case. Zoobot's prediction fails in it: it hands a bfloat16 tensor to NumPy.
 - `embeddings`: images per second of the one pass of the encoder that the frozen stage needs, from JPEG files.
@@ -58,6 +60,7 @@ ROWS = {
     "frozen": ("ours", "zoobot", "trainer"),
     "accuracy": ("ours", "zoobot"),
     "unfrozen": ("ours", "zoobot", "trainer", "bare"),
+    "unfrozen_float32": ("ours", "zoobot", "bare"),
     "unfrozen_bf16": ("ours", "zoobot", "bare"),
     "prediction": ("ours", "zoobot", "bare"),
     "prediction_bf16": ("ours", "bare"),
@@ -82,7 +85,7 @@ class Job:
     epochs: int = 0
     batch_size: int = 32
     galaxies: int = 0
-    bf16: bool = False
+    bf16: bool | None = None
     is_recorded: bool = True
 
 
@@ -165,9 +168,9 @@ def plan(options):
 def jobs_of_row(row, competitor, encoder, repeat, options):
     """What one competitor runs for a row, once."""
     base = {"row": row, "competitor": competitor, "encoder": encoder, "batch_size": options.batch_size}
-    if row.endswith("_bf16"):
-        row = row.removesuffix("_bf16")
-        base["bf16"] = True
+    for suffix, bf16 in (("_bf16", True), ("_float32", False)):
+        if row.endswith(suffix):
+            row, base["bf16"] = row.removesuffix(suffix), bf16
     fold = repeat % options.folds
     if row == "frozen":
         most = max(options.epochs) if competitor == "ours" else options.peer_epochs
@@ -261,8 +264,8 @@ def command_of(job, options, *, scratch, output):
     command += ["--encoder", job.encoder if is_folder else options.work / "encoders" / job.encoder]
     command += ["--fold", options.work / f"fold-{job.fold}.csv", "--scratch", Path(scratch) / "scratch"]
     command += ["--epochs", job.epochs, "--batch_size", job.batch_size, "--galaxies", job.galaxies]
-    if job.bf16:
-        command.append("--bf16")
+    if job.bf16 is not None:
+        command.append("--bf16" if job.bf16 else "--no-bf16")
     if job.competitor == "ours":
         command += ["--arguments", options.arguments]
     if job.competitor == "bare" and options.variants:

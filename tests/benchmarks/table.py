@@ -128,6 +128,7 @@ def find_lines(records):
         ),
         Line("unfrozen stage, images/s", True, ("unfrozen",), result("images_per_second")),
         Line("unfrozen stage, peak memory, MiB", False, ("unfrozen",), peak_memory),
+        Line("unfrozen stage in float32, images/s", True, ("unfrozen_float32",), result("images_per_second")),
         Line("unfrozen stage in bfloat16, images/s", True, ("unfrozen_bf16",), result("images_per_second")),
         Line("prediction, images/s", True, ("prediction",), result("images_per_second")),
         Line("prediction, peak memory, MiB", False, ("prediction",), peak_memory),

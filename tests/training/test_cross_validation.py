@@ -109,9 +109,8 @@ def test_the_encoder_runs_once_for_all_folds_and_the_model_is_not_changed(valida
 
 def test_each_fold_has_a_new_head(validate, remembered, layer_norm_model):
     validate(frozen=FrozenStageArguments(num_train_epochs=1, learning_rate=1e-9, use_cpu=True, disable_tqdm=True))
-    first, second = (model.head[-1].weight for _, _, model in remembered[:2])
-    assert not torch.allclose(first, second, atol=1e-4)
-    assert not torch.allclose(first, layer_norm_model.head[-1].weight, atol=1e-4)
+    assert layer_norm_model.head[-1].weight.abs().max() > 1e-3
+    assert all(model.head[-1].weight.abs().max() < 1e-6 for _, _, model in remembered[:2])
 
 
 def test_the_unfrozen_stage_of_a_fold_is_kept_where_its_validation_loss_is_lower(validate, remembered):

@@ -6,10 +6,18 @@ import sys
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
+from transformers import ConvNextConfig
 
-from zoobot_hf import ZoobotForImageClassification, ZoobotImageProcessor
+from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotImageProcessor
 from zoobot_hf.training import embedding_cache, machine
-from zoobot_hf.training.embedding_cache import Views, clear_cache, compute_embeddings, list_cache, store_embeddings
+from zoobot_hf.training.embedding_cache import (
+    Stored,
+    Views,
+    clear_cache,
+    compute_embeddings,
+    list_cache,
+    store_embeddings,
+)
 from zoobot_hf.training.head_grid import HeadGrid, StoredEmbeddings
 
 
@@ -168,7 +176,7 @@ COMPUTE = """
 import sys
 from accelerate import PartialState
 from datasets import load_from_disk
-from zoobot_hf import ZoobotForImageClassification, ZoobotImageProcessor
+from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotImageProcessor
 from zoobot_hf.training.embedding_cache import Views, compute_embeddings
 
 dataset, model, cache, output = sys.argv[1:]
@@ -230,6 +238,19 @@ def test_all_heads_of_a_grid_train_on_the_same_dropped_out_embeddings(layer_norm
     assert abs(is_kept.float().mean() - (1 - share)) < 0.01
     expected = grid.standardise(embeddings) / (1 - share)
     assert torch.allclose(seen[0][is_kept], expected[is_kept])
+
+
+@pytest.mark.parametrize("head_type", ["linear", "mlp"])
+def test_a_new_head_has_no_opinion_on_embeddings_that_are_far_from_zero(head_type):
+    config = ConvNextConfig(hidden_sizes=[16], depths=[1], num_stages=1)
+    model = ZoobotForImageClassification(ZoobotConfig(config, head_type=head_type, head_hidden_size=64)).eval()
+    embeddings = 50 + torch.randn(100, 1, 16)
+    stored = StoredEmbeddings(Stored(embeddings, torch.arange(100), "key"), torch.arange(100) % 2)
+    grid = HeadGrid(model, stored, count=2).eval()
+    assert not grid(embeddings[:, 0]).logits.any()
+    # Each hidden unit, too, tells galaxies apart: it is on for some of them.
+    hidden = grid.heads[0][:-1](grid.standardise(embeddings[:, 0]))
+    assert ((hidden > 0).float().mean(0) > 0.1).all()
 
 
 def test_the_head_of_lowest_validation_loss_wins(layer_norm_model, galaxies, processor, tmp_path):

@@ -122,7 +122,9 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
         type=number(int, 1),
         help="unfreeze only this many of the encoder's last blocks (default: all)",
     )
-    add_precision(parser)
+    add_precision(
+        parser, default="on a GPU that has it in hardware; on a CPU with AMX only in the steps of the unfrozen stage"
+    )
 
 
 def _add_earlier_run(parser: argparse.ArgumentParser) -> None:

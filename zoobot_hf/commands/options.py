@@ -81,12 +81,12 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
     add_precision(parser)
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
+def add_precision(parser: argparse.ArgumentParser, *, default: str = "on a GPU that has it in hardware") -> None:
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
-        help="let the encoder compute in bfloat16: faster, and probabilities differ by 0.01 or so (default: on a GPU "
-        "that has it in hardware)",
+        help="let the encoder compute in bfloat16: faster, and probabilities differ by 0.01 or so (default: "
+        f"{default})",
     )
 
 

@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from .configuration_zoobot import PREVALENCES, ZoobotConfig
 
-INITIAL_SPREAD = 0.01  # of a new head's weights, as in DINOv2's linear evaluation
 # Where a new head starts in the range of concentrations: of 1 to 101 at 4, a guess that is not sure of itself. From the
 # middle, 51, a frozen stage of 20 epochs on 540 drawn galaxies came to a validation loss of 71.5, from here to 51.0.
 INITIAL_CONCENTRATION = 0.03
@@ -34,7 +33,7 @@ def build_head(config: ZoobotConfig) -> nn.Sequential:
         config: The configuration, with `embedding_size` known.
 
     Returns:
-        The head; its last layer is always an `nn.Linear`, with small weights: it starts out undecided, as any logistic
+        The head; its last layer is always an `nn.Linear` whose weights are 0: it starts out undecided, as any logistic
         regression does, and what few galaxies say is not drowned by chance. For votes it starts out with low
         concentrations.
     """
@@ -67,14 +66,19 @@ class _HeadLayer(nn.Linear):
 
 
 class _LastLayer(_HeadLayer):
-    """A linear layer whose initial weights are small and whose biases are all the same."""
+    """A linear layer whose initial weights are 0 and whose biases are all the same.
+
+    Random weights, however small, see the embeddings' common mean, and have an opinion on all galaxies: with ConvNeXt
+    nano and a spread of 0.01 heads that learn slowly still gave the 470 rings a mean probability of 0.3, and 0.711 as
+    the log loss of held-out ones where these come to 0.683.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, initial_bias: float) -> None:
         self.initial_bias = initial_bias
         super().__init__(inputs, outputs)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INITIAL_SPREAD)
+        nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, self.initial_bias)
 
 
