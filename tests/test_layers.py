@@ -51,6 +51,7 @@ ORDER = [
     "training.machine",
     "training.arguments",
     "training.augmentation",
+    "training.depthwise",
     "training.embedding_cache",
     "training.head_grid",
     "training.linear_heads",

@@ -68,9 +68,9 @@ class _HeadLayer(nn.Linear):
 class _LastLayer(_HeadLayer):
     """A linear layer whose initial weights are 0 and whose biases are all the same.
 
-    Random weights, however small, see the embeddings' common mean, and have an opinion on all galaxies: with ConvNeXt
-    nano and a spread of 0.01 heads that learn slowly still gave the 470 rings a mean probability of 0.3, and 0.711 as
-    the log loss of held-out ones where these come to 0.683.
+    Random weights, however small, see the embeddings' common mean, and have an opinion on all galaxies: on a ConvNeXt
+    nano with new weights and 470 galaxies, half of either label, heads of a spread of 0.01 that learned slowly ended at
+    a mean probability of 0.3 and a held-out log loss of 0.711, and these at 0.683.
     """
 
     def __init__(self, inputs: int, outputs: int, *, initial_bias: float) -> None:
