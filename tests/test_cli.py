@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from scipy import stats
 from small_trees import BAR, SMOOTH
+from tiny_models import with_decided_head
 from transformers import AutoModel, ConvNextConfig, pipeline
 
 from zoobot_hf import (
@@ -130,7 +131,8 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny-model"
     torch.manual_seed(0)
     labels = {"id2label": {0: "not ring", 1: "ring"}, "label2id": {"not ring": 0, "ring": 1}}
-    ZoobotForImageClassification(ZoobotConfig(ENCODER, encoder_name="tiny", **labels)).save_pretrained(folder)
+    model = ZoobotForImageClassification(ZoobotConfig(ENCODER, encoder_name="tiny", **labels))
+    with_decided_head(model).save_pretrained(folder)
     ZoobotImageProcessor(32, **NORMALIZATION, do_normalize=True).save_pretrained(folder)
     return folder
 
@@ -332,7 +334,7 @@ def tree_folder(tmp_path):
     """A model of the DECaLS decision tree, as a finetuning leaves it."""
     folder = tmp_path / "decals-model"
     torch.manual_seed(0)
-    ZoobotForGalaxyZoo(ZoobotConfig(ENCODER, decision_tree=DECALS.to_dict())).save_pretrained(folder)
+    with_decided_head(ZoobotForGalaxyZoo(ZoobotConfig(ENCODER, decision_tree=DECALS.to_dict()))).save_pretrained(folder)
     ZoobotImageProcessor(32).save_pretrained(folder)
     return folder
 

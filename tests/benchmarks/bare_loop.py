@@ -98,7 +98,7 @@ def forward_pass(options, variant, device, batch_size):
 
 
 def use_bf16(options, device):
-    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or options.bf16)
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or bool(options.bf16))
 
 
 def train(options, clock):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import run_without
 from safetensors.torch import save_file
-from tiny_models import ENCODERS
+from tiny_models import ENCODERS, with_decided_head
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Dinov2Config
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
@@ -121,7 +121,7 @@ def test_a_convnext_from_timm_becomes_transformers_own(name):
 def test_a_convnext_that_transformers_lacks_stays_with_timm(architecture, arguments, pixel_values):
     sizes = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8], **arguments}
     encoder = TimmWrapperConfig.from_dict({**TIMM_CONVNEXT, "architecture": architecture, "model_args": sizes})
-    model = ZoobotForImageClassification(ZoobotConfig(encoder, **LABELS)).eval()
+    model = with_decided_head(ZoobotForImageClassification(ZoobotConfig(encoder, **LABELS)).eval())
     plain = to_transformers(model)
     assert plain.config.model_type == "timm_wrapper"
     torch.testing.assert_close(logits_of(plain, pixel_values), logits_of(model, pixel_values))

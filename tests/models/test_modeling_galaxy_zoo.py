@@ -4,7 +4,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from tiny_models import ENCODERS
+from tiny_models import ENCODERS, with_decided_head
 from transformers import AutoModel, AutoModelForImageClassification
 
 from zoobot_hf import (
@@ -27,7 +27,7 @@ def config_of(encoder="layer_norm", tree=DECALS, **fields):
 
 def model_of(*arguments, **fields):
     torch.manual_seed(0)
-    return ZoobotForGalaxyZoo(config_of(*arguments, **fields)).eval()
+    return with_decided_head(ZoobotForGalaxyZoo(config_of(*arguments, **fields)).eval())
 
 
 @pytest.fixture(scope="module")

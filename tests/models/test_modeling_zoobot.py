@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import with_decided_head
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, MobileNetV2Config, ViTConfig, pipeline
 
@@ -111,6 +112,7 @@ def test_an_encoder_whose_size_cannot_be_known_asks_for_it():
 def test_logits_of_a_bounded_regression_lie_in_0_to_1(layer_norm_model, pixel_values):
     fields = {"problem_type": "regression", "id2label": {0: "a", 1: "b", 2: "c"}}
     model = ZoobotForImageClassification(ZoobotConfig(layer_norm_model.config.encoder_config, **fields)).eval()
+    with_decided_head(model)
     bounded = ZoobotForImageClassification(
         ZoobotConfig(layer_norm_model.config.encoder_config, unit_interval=True, **fields)
     )

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny_models import with_decided_head
 
 from zoobot_hf import ZoobotConfig, ZoobotForGalaxyZoo, ZoobotForImageClassification, ZoobotImageProcessor, ZoobotModel
 from zoobot_hf.prediction import embeddings, runs
@@ -230,7 +231,7 @@ def test_a_decision_tree_is_predicted_from_embeddings(embed, layer_norm_model, p
     tree = load_survey("gz2").to_dict()
     torch.manual_seed(1)
     model = ZoobotForGalaxyZoo(ZoobotConfig(layer_norm_model.config.encoder_config, decision_tree=tree)).eval()
-    model.zoobot.load_state_dict(layer_norm_model.zoobot.state_dict())
+    with_decided_head(model).zoobot.load_state_dict(layer_norm_model.zoobot.state_dict())
     embed(dtype="float32")
     predict_survey(model, processor, galaxy_folder, tmp_path / "images", **SIZES)
     predict_embeddings(model, processor, tmp_path / "embedded", tmp_path / "out")

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from tiny_models import with_decided_head
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, predict_galaxies, read_galaxies
 from zoobot_hf.data.images import BATCHES_IN_A_TURN
@@ -113,7 +114,7 @@ def test_a_regression_is_predicted_in_its_own_units(layer_norm_model, processor,
     encoder_config = layer_norm_model.config.encoder_config
     labels = {0: "bar fraction", 1: "ring fraction"}
     config = ZoobotConfig(encoder_config, problem_type="regression", unit_interval=True, id2label=labels)
-    model = ZoobotForImageClassification(config).eval()
+    model = with_decided_head(ZoobotForImageClassification(config).eval())
     table = predict_galaxies(model, processor, catalog).table
     assert list(table.columns) == ["id_str", "predicted_bar_fraction", "predicted_ring_fraction"]
     with torch.no_grad():
