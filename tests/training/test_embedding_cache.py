@@ -176,7 +176,7 @@ COMPUTE = """
 import sys
 from accelerate import PartialState
 from datasets import load_from_disk
-from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotImageProcessor
+from zoobot_hf import ZoobotForImageClassification, ZoobotImageProcessor
 from zoobot_hf.training.embedding_cache import Views, compute_embeddings
 
 dataset, model, cache, output = sys.argv[1:]

@@ -95,6 +95,11 @@ class _StageArguments(TrainingArguments):
         return False
 
     @property
+    def takes_bf16_steps(self) -> bool:
+        """Whether training steps are in bfloat16 where evaluations are in float32."""
+        return False
+
+    @property
     def shown(self) -> dict[str, Any]:
         """The arguments that a reader of the model card wants to know, by name."""
         values = {name: getattr(self, name, None) for name in SHOWN_ARGUMENTS}
@@ -218,6 +223,11 @@ class UnfrozenStageArguments(_StageArguments):
     num_train_epochs: float = field(default=15, metadata={"help": "Most epochs to train for."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Galaxies a step and device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Galaxies a step and device."})
+
+    @property
+    def takes_bf16_steps(self) -> bool:
+        """Whether training steps are in bfloat16 where evaluations are in float32."""
+        return bool(self.bf16_steps)
 
     def __post_init__(self) -> None:
         chooses_precision = self.bf16 is None and not self.fp16

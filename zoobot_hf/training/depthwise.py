@@ -28,8 +28,9 @@ def fast_depthwise_convolutions(module: nn.Module) -> Iterator[None]:
     """
     convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d) and _is_depthwise(part)]
     for convolution in convolutions:
-        changed = functools.partial(_convolve, convolution, convolution.forward)
-        convolution.forward = changed  # type: ignore[method-assign]
+        is_large = _has_a_large_kernel(convolution)
+        forward = functools.partial(_convolve_with_large_kernel, convolution) if is_large else convolution.forward
+        convolution.forward = functools.partial(_compute_in_float32, forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -41,13 +42,16 @@ def _is_depthwise(part: nn.Conv2d) -> bool:
     return part.weight.device.type == "cpu" and 1 < part.groups == part.in_channels == part.out_channels
 
 
-def _convolve(convolution: nn.Conv2d, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def _compute_in_float32(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        if _has_a_large_kernel(convolution):
-            weight, bias, padding = convolution.weight, convolution.bias, convolution.padding
-            outputs: Tensor = _LargeDepthwiseConvolution.apply(images.float(), weight, bias, padding)
-            return outputs
         return forward(images.float())
+
+
+def _convolve_with_large_kernel(convolution: nn.Conv2d, images: Tensor) -> Tensor:
+    outputs: Tensor = _LargeDepthwiseConvolution.apply(
+        images, convolution.weight, convolution.bias, convolution.padding
+    )
+    return outputs
 
 
 def _has_a_large_kernel(convolution: nn.Conv2d) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,10 @@ class HeadGrid(nn.Module):
         self.register_buffer("winning_head", torch.zeros((), dtype=torch.long, device=model.device))
         self.heads = nn.ModuleList(copy.deepcopy(model.head) for _ in range(count))
         self.heads.requires_grad_(True)
-        for head in self.heads:
-            _take_standardised(head, self.mean, self.spread)
+        # A new head gives the same for all galaxies, and its hidden layer suits standardised ones as it is.
+        if cast(nn.Linear, model.head[-1]).weight.any():
+            for head in self.heads:
+                _take_standardised(_first_linear(head), self.mean, self.spread)
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> ModelOutput:
         """The winning head's logits, or concentrations, and loss; in training the loss has every head's gradient.
@@ -148,16 +151,9 @@ def _first_linear(head: nn.Module) -> nn.Linear:
     return next(module for module in head.modules() if isinstance(module, nn.Linear))
 
 
-def _last_linear(head: nn.Module) -> nn.Linear:
-    return [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
-
-
 @torch.no_grad()
-def _take_standardised(head: nn.Module, mean: Tensor, spread: Tensor) -> None:
-    """Rewrites a head for embeddings so that it gives the same for standardised ones."""
-    layer = _first_linear(head)
-    if not _last_linear(head).weight.any():
-        return  # it is new, gives the same for all galaxies, and a hidden layer suits standardised ones as it is
+def _take_standardised(layer: nn.Linear, mean: Tensor, spread: Tensor) -> None:
+    """Rewrites a layer for embeddings so that it gives the same for standardised ones."""
     layer.bias.add_(layer.weight @ mean)
     layer.weight.mul_(spread)
 

@@ -207,21 +207,20 @@ class _StageTrainer(Trainer):
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
         """
-        loss: Tensor | tuple[Tensor, Any] = super().compute_loss(model, self._augment(inputs), *args, **kwargs)
-        return loss
-
-    def _augment(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         fields = inputs.get("pixel_values")
-        if fields is None or fields.dtype != torch.uint8:
-            return inputs
-        turned = augment_galaxies(
-            fields,
-            pixels=self.processing_class.pixels,
-            zoom_range=self.args.zoom_range,
-            max_shift=self.args.max_shift,
-        )
-        scaled = self.processing_class.rescale_and_normalize(turned)
-        return {**inputs, "pixel_values": scaled.contiguous(memory_format=torch.channels_last)}
+        if fields is not None and fields.dtype == torch.uint8:
+            turned = augment_galaxies(
+                fields,
+                pixels=self.processing_class.pixels,
+                zoom_range=self.args.zoom_range,
+                max_shift=self.args.max_shift,
+            )
+            scaled = self.processing_class.rescale_and_normalize(turned)
+            inputs = {**inputs, "pixel_values": scaled.contiguous(memory_format=torch.channels_last)}
+        # The augmentation stays in float32.
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.takes_bf16_steps and model.training):
+            loss: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss
 
 
 class FrozenStageTrainer(_StageTrainer):
@@ -412,21 +411,6 @@ class UnfrozenStageTrainer(_StageTrainer):
                 return super().train(*args, **kwargs)
         finally:
             self.model.to(memory_format=torch.contiguous_format)  # safetensors saves no other
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of a batch; of a training step in bfloat16 where the arguments say so, but for the augmentation.
-
-        Args:
-            model: The model, wrapped or not.
-            inputs: `pixel_values`, and `labels` where known.
-            *args: As in `Trainer`.
-            **kwargs: As in `Trainer`.
-        """
-        inputs = self._augment(inputs)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(self.args.bf16_steps) and model.training):
-            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer, with layer-wise learning rate decay.
