@@ -1,4 +1,4 @@
-"""Prediction from image files beside the bare network: python reading.py ENCODER IMAGES_FOLDER [ROUNDS].
+"""Prediction from image files beside the bare network: python reading.py ENCODER IMAGES_FOLDER [ROUNDS [bf16]].
 
 On the CPU, in one process and in turns, so that a machine that is slow for a while is slow for all of them; ratios are
 those of one round. The bare network runs on pixels that lie in memory, ours on these and on files. Both eager and
@@ -20,7 +20,8 @@ from zoobot_hf.training.machine import InferenceRunner, default_batch_size
 GALAXIES = 128
 
 
-def main(encoder, folder, rounds="6"):
+def main(encoder, folder, rounds="6", precision="float32"):
+    is_bf16 = precision == "bf16"
     processor = image_processor_for(encoder)
     paths = sorted(Path(folder).glob("*.jpg"))[:GALAXIES]
     competitors = {}
@@ -28,13 +29,18 @@ def main(encoder, folder, rounds="6"):
         mode = "compiled" if torch_compile else "eager"
         model = load(encoder)
         runner = InferenceRunner(
-            load(encoder), batch_size=default_batch_size(model.device), torch_compile=torch_compile
+            load(encoder),
+            batch_size=default_batch_size(model.device),
+            torch_compile=torch_compile,
+            bf16=is_bf16,
         )
         first = [read_image(path, processor) for path in paths[: runner.batch_size]]
         pixels = processor.rescale_and_normalize(torch.stack(first))
         model = torch.compile(model) if torch_compile else model
         competitors |= {
-            f"bare, {mode}": partial(repeat, partial(run_bare, model, pixels), len(paths) // runner.batch_size),
+            f"bare, {mode}": partial(
+                repeat, partial(run_bare, model, pixels, is_bf16), len(paths) // runner.batch_size
+            ),
             f"ours, {mode}": partial(repeat, partial(runner, pixels), len(paths) // runner.batch_size),
             f"ours, {mode}, from files": partial(predict_files, runner, processor, paths),
         }
@@ -59,8 +65,8 @@ def repeat(step, times):
         step()
 
 
-def run_bare(model, pixels):
-    with torch.inference_mode():
+def run_bare(model, pixels, is_bf16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
         model(pixel_values=pixels)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, softmax
-from scipy.stats import beta
+from scipy.stats import beta, norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
@@ -54,21 +54,26 @@ def overconfident(ratios, *, temperature=1.7, shift=0.4):
 # Calibration ----------------------------------------------------------------------------------------------------
 
 
-def test_the_temperature_is_where_the_log_loss_is_lowest():
-    generator = np.random.default_rng(0)
-    ratios, classes = draw_galaxies(generator, 800, 0.5)
+@pytest.mark.parametrize("count", [12, 800])
+def test_the_temperature_is_the_most_probable_one(count):
+    ratios, classes = draw_galaxies(np.random.default_rng(0), count, 0.5)
     logits = overconfident(ratios, shift=0)
+
+    def doubt(temperature):
+        likelihood = count * log_loss(classes, softmax(logits / temperature, axis=1))
+        return likelihood - norm(1, 0.5).logpdf(1 / temperature)
+
     fitted = fit_calibration(logits, classes)
-    best = minimize_scalar(lambda t: log_loss(classes, softmax(logits / t, axis=1)), bounds=(1, 3), method="bounded")
-    assert fitted.temperature == pytest.approx([best.x] * 2, abs=0.001)
-    assert fitted.log_loss_after == pytest.approx(best.fun, abs=1e-7)
+    best = minimize_scalar(doubt, bounds=(1, 3), method="bounded").x
+    assert fitted.temperature == pytest.approx([best] * 2, abs=0.001)
+    assert fitted.log_loss_after == pytest.approx(log_loss(classes, softmax(logits / best, axis=1)), abs=1e-5)
     assert fitted.log_loss_before == pytest.approx(log_loss(classes, softmax(logits, axis=1)))
     assert fitted.helps
     assert fitted.config_fields() == {"calibration_temperature": fitted.temperature[0], "calibration_shift": None}
 
 
 def test_bias_corrected_scaling_of_two_classes_is_logistic_regression():
-    ratios, classes = draw_galaxies(np.random.default_rng(1), 500, 0.3)
+    ratios, classes = draw_galaxies(np.random.default_rng(1), 50_000, 0.3)  # so many that the prior says nothing
     logits = overconfident(ratios)
     fitted = fit_calibration(logits, classes, method="bias_corrected")
     regression = LogisticRegression(C=np.inf, tol=1e-10).fit(logits[:, 1:], classes)
@@ -137,9 +142,23 @@ def test_calibration_never_makes_the_log_loss_worse(method, seed):
         assert after == pytest.approx(fitted.log_loss_after, abs=1e-6)
 
 
-def test_a_split_that_is_told_apart_without_error_keeps_a_temperature_above_0():
-    fitted = fit_calibration([[1.0, -1.0], [-1.0, 1.0]], [0, 1])
-    assert 0.05 <= fitted.temperature[0] < 0.2
+def test_few_galaxies_that_are_told_apart_without_error_hardly_make_a_model_surer():
+    assert 0.8 < fit_calibration([[1.0, -1.0], [-1.0, 1.0]], [0, 1]).temperature[0] < 1
+    assert 0.6 < fit_calibration([[1.0, -1.0], [-1.0, 1.0]] * 10, [0, 1] * 10).temperature[0] < 0.8
+
+
+@pytest.mark.parametrize("method", calibration.METHODS)
+def test_calibration_on_few_galaxies_costs_little(method):
+    generator = np.random.default_rng(5)
+    ratios, classes = draw_exactly(generator, 20_000, 20_000)
+    logits = overconfident(ratios, temperature=1, shift=0)
+    right = log_loss(classes, softmax(logits, axis=1))
+    losses = []
+    for _ in range(50):
+        chosen = np.concatenate([generator.choice(np.flatnonzero(classes == label), 8) for label in (0, 1)])
+        fitted = fit_calibration(logits[chosen], classes[chosen], method=method)
+        losses.append(log_loss(classes, softmax(fitted.apply(logits), axis=1)))
+    assert np.mean(losses) < right + {"temperature": 0.02, "bias_corrected": 0.05, "vector": 0.05}[method]
 
 
 @pytest.mark.parametrize(

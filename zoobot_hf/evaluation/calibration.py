@@ -12,6 +12,7 @@ fitted.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,13 @@ from .metrics import MULTI_LABEL, SINGLE_LABEL, check_predictions, check_probabi
 logger = logging.getLogger(__name__)
 
 METHODS = ("temperature", "bias_corrected", "vector")
-LARGEST_SCALE = 20.0  # temperatures from 1/20 to 20; a split that is told apart without error would ask for 0
+LARGEST_SCALE = 20.0  # temperatures from 1/20 to 20
 LARGEST_SHIFT = 20.0
+# Before a validation galaxy is seen, a scale (1 / temperature) is believed to be 1 with this standard deviation. Heads
+# on 470 real rings (MobileNetV2, fifteen splits), held-out log loss without calibration, with the scale of lowest loss,
+# and with this one: 15 validation galaxies 0.757, 0.826, 0.770; 75 of them 0.642, 0.644, 0.642; 75 of them and logits
+# three times too large 0.774, 0.644, 0.641.
+SPREAD_OF_SCALES = 0.5
 SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 SMALLEST_DOUBT = float(np.finfo(np.float32).eps) / 2  # a float32 probability of "1" says no more than this
 EM_TOLERANCE = 1e-7
@@ -56,8 +62,7 @@ class Calibration:
         log_loss_before: Of the validation galaxies, in nats, at their own prevalence.
         log_loss_after: The same with the calibration, never higher.
         galaxies: How many galaxies it was fitted on.
-        helps: Whether the log loss fell and the galaxies can tell the temperature; where not, the temperature is 1 and
-            the shift 0.
+        helps: Whether the log loss fell; where not, the temperature is 1 and the shift 0.
     """
 
     temperature: list[float]
@@ -124,10 +129,12 @@ def fit_calibration(
     method: str = "temperature",
     training_prevalence: Sequence[float] | None = None,
 ) -> Calibration:
-    """The calibration with the lowest log loss on validation galaxies.
+    """The most probable calibration, given validation galaxies.
 
-    Temperature scaling is Guo et al. 2017 (arXiv:1706.04599), bias-corrected temperature scaling Alexandari, Kundaje &
-    Shrikumar 2020 (arXiv:1901.06852). Several labels are calibrated one by one, on the galaxies where each is known.
+    That is the one of lowest log loss where they are many. Few of them can't tell the temperature, which stays near 1:
+    its inverse has a Gaussian prior of mean 1 and standard deviation 0.5. Temperature scaling is Guo et al. 2017
+    (arXiv:1706.04599), bias-corrected temperature scaling Alexandari, Kundaje & Shrikumar 2020 (arXiv:1901.06852).
+    Several labels are calibrated one by one, on the galaxies where each is known.
 
     Args:
         logits: A head's own, (n, labels), before any calibration.
@@ -152,24 +159,16 @@ def fit_calibration(
     if scores.ndim != 2 or not np.isfinite(scores).all():
         raise ValueError(f"logits have the shape {scores.shape}; pass finite numbers, (n, labels), before softmax.")
     problems = _problems(scores, np.asarray(labels), problem_type, training_prevalence)
-    fits = [_fit_scale_and_shift(problem, method=method) for problem in problems]
+    fits = [_fit_scale_and_shift(problem, method=method, spread=SPREAD_OF_SCALES) for problem in problems]
     before = float(np.mean([problem.log_loss() for problem in problems]))
     after = float(np.mean([p.log_loss(*fit) for p, fit in zip(problems, fits, strict=True)]))
-    if any(np.min(scale) >= 0.99 * LARGEST_SCALE for scale, _ in fits):
-        logger.warning(
-            "%d labelled galaxies are told apart without error, and the lower the temperature the better: it stays 1. "
-            "Calibration needs galaxies that the model gets wrong; take a larger validation split.",
-            len(scores),
-        )
-        after = before
-    elif not after < before - 1e-12:
+    if not after < before - 1e-12:
         logger.warning(
             "calibration by %s can't lower the validation log loss of %.4f on %d galaxies; the temperature stays 1.",
             method,
             before,
             len(scores),
         )
-    if not after < before - 1e-12:
         return Calibration([1.0] * scores.shape[1], [0.0] * scores.shape[1], before, before, len(scores), False)
     scale, shift = _joined(fits, problem_type)
     return Calibration((1 / scale).tolist(), shift.tolist(), before, after, len(scores), True)
@@ -491,14 +490,23 @@ def _joined(fits: Sequence[_Map], problem_type: str) -> _Map:
 
 
 def _fit_scale_and_shift(
-    problem: _Problem, *, method: str, weights: Floats | None = None, start: Floats | None = None
+    problem: _Problem,
+    *,
+    method: str,
+    weights: Floats | None = None,
+    start: Floats | None = None,
+    spread: float = math.inf,
 ) -> _Map:
-    """The scale and shift of each class with the lowest log loss; convex, so that there is one."""
+    """The scale and shift of each class with the lowest log loss; convex, so that there is one.
+
+    With a `spread`, the standard deviation of a Gaussian prior around 1, the scale is the most probable one.
+    """
     count = problem.scores.shape[1]
     scales = count if method == "vector" else 1
     shifts = 0 if method == "temperature" else count - 1  # the last class' shift is 0: only differences matter
     shares = np.full(len(problem.classes), 1 / len(problem.classes)) if weights is None else weights / weights.sum()
     rows = np.arange(len(problem.classes))
+    precision = 1 / (spread**2 * len(rows))
 
     def loss_and_slope(parameters: Floats) -> tuple[float, Floats]:
         shift = np.append(parameters[scales:], np.zeros(count - shifts))
@@ -509,6 +517,9 @@ def _fit_scale_and_shift(
         slopes = (excess * problem.scores).sum(axis=0)
         slope_of_scale = slopes if scales > 1 else slopes.sum(keepdims=True)
         loss = -(shares * logarithms[rows, problem.classes]).sum()
+        distances = parameters[:scales] - 1
+        loss += precision / 2 * (distances**2).sum()
+        slope_of_scale += precision * distances
         return float(loss), np.append(slope_of_scale, excess.sum(axis=0)[:shifts])
 
     first = np.append(np.ones(scales), np.zeros(shifts)) if start is None else start
