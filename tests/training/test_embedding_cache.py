@@ -6,19 +6,16 @@ import sys
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
-from transformers import ConvNextConfig
 
-from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotImageProcessor
+from zoobot_hf import ZoobotForImageClassification, ZoobotImageProcessor
 from zoobot_hf.training import embedding_cache, machine
 from zoobot_hf.training.embedding_cache import (
-    Stored,
     Views,
     clear_cache,
     compute_embeddings,
     list_cache,
     store_embeddings,
 )
-from zoobot_hf.training.head_grid import HeadGrid, StoredEmbeddings
 
 
 @pytest.fixture
@@ -210,55 +207,3 @@ def test_two_processes_share_the_work_and_store_what_one_does(layer_norm_model, 
     assert shared.path.read_bytes() == single.path.read_bytes()
     for rank in (0, 1):
         assert Dataset.from_parquet(f"{tmp_path}/out-{rank}.parquet")[:] == alone[:]
-
-
-def test_a_grid_of_heads_starts_as_the_models_head_and_gives_it_back(layer_norm_model, galaxies, processor, tmp_path):
-    stored = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path)
-    grid = HeadGrid(layer_norm_model, StoredEmbeddings(stored, torch.tensor(galaxies["label"])), count=3).eval()
-    embeddings = stored.values[:, 0]
-    with torch.inference_mode():
-        expected = layer_norm_model(embeddings=embeddings).logits
-        assert torch.allclose(grid(embeddings).logits, expected, atol=1e-4)
-        assert torch.allclose(grid.winner().eval()(embeddings), expected, atol=1e-4)
-        standardised = grid.standardise(embeddings)
-    assert torch.allclose(standardised.mean(0), torch.zeros(16), atol=1e-4)
-
-
-def test_all_heads_of_a_grid_train_on_the_same_dropped_out_embeddings(layer_norm_model, galaxies, processor, tmp_path):
-    stored = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path)
-    grid = HeadGrid(layer_norm_model, StoredEmbeddings(stored, torch.tensor(galaxies["label"])), count=2).train()
-    embeddings = stored.values[:, 0].repeat(500, 1)
-    seen = []
-    for head in grid.heads:
-        head[-1].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].detach()))
-    grid(embeddings, torch.zeros(len(embeddings), dtype=torch.long))
-    assert torch.equal(*seen)
-    share = layer_norm_model.config.head_dropout
-    is_kept = seen[0] != 0
-    assert abs(is_kept.float().mean() - (1 - share)) < 0.01
-    expected = grid.standardise(embeddings) / (1 - share)
-    assert torch.allclose(seen[0][is_kept], expected[is_kept])
-
-
-@pytest.mark.parametrize("head_type", ["linear", "mlp"])
-def test_a_new_head_has_no_opinion_on_embeddings_that_are_far_from_zero(head_type):
-    config = ConvNextConfig(hidden_sizes=[16], depths=[1], num_stages=1)
-    model = ZoobotForImageClassification(ZoobotConfig(config, head_type=head_type, head_hidden_size=64)).eval()
-    embeddings = 50 + torch.randn(100, 1, 16)
-    stored = StoredEmbeddings(Stored(embeddings, torch.arange(100), "key"), torch.arange(100) % 2)
-    grid = HeadGrid(model, stored, count=2).eval()
-    assert not grid(embeddings[:, 0]).logits.any()
-    # Each hidden unit, too, tells galaxies apart: it is on for some of them.
-    hidden = grid.heads[0][:-1](grid.standardise(embeddings[:, 0]))
-    assert ((hidden > 0).float().mean(0) > 0.1).all()
-
-
-def test_the_head_of_lowest_validation_loss_wins(layer_norm_model, galaxies, processor, tmp_path):
-    stored = store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path)
-    labelled = StoredEmbeddings(stored, torch.tensor(galaxies["label"]))
-    grid = HeadGrid(layer_norm_model, labelled, count=3)
-    with torch.no_grad():
-        grid.heads[0][-1].bias.copy_(torch.tensor([50.0, 0.0]))
-        grid.heads[1][-1].bias.fill_(torch.nan)
-    grid.choose_winner([labelled])
-    assert int(grid.winning_head) == 2

@@ -13,14 +13,13 @@ from sklearn.model_selection import cross_val_predict
 from zoobot_hf.training import label_efficiency
 from zoobot_hf.training.embedding_cache import Views
 from zoobot_hf.training.label_efficiency import (
-    PENALTIES,
     make_untrained,
     measure_label_curve,
     predict_from_few,
     summarise_runs,
     write_label_curve,
 )
-from zoobot_hf.training.linear_heads import standardise
+from zoobot_hf.training.linear_heads import PENALTIES, standardise
 
 
 @pytest.fixture

@@ -148,8 +148,9 @@ class FrozenStageArguments(_StageArguments):
         default=True,
         metadata={
             "help": "Run the encoder once and train heads on what it said, at 0.03, 0.1, 0.3 and 1 times "
-            "the learning rate, for votes at 0.3, 1, 3, 10 and 30 times; the best on validation is kept. Otherwise the "
-            "encoder runs in every epoch, and the head has the learning rate itself."
+            "the learning rate, for votes at 0.3, 1, 3, 10 and 30 times; the best on validation is kept, for classes "
+            "averaged with a logistic regression. Otherwise the encoder runs in every epoch, and the head has the "
+            "learning rate itself."
         },
     )
     # 470 real rings (MobileNetV2, five folds, two seeds), held-out log loss and ROC AUC: 1 view 0.651, 0.713; 2 views

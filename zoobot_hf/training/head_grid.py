@@ -1,9 +1,19 @@
-"""A small grid of heads, trained together on the same embeddings, of which the best on validation is kept."""
+"""A small grid of heads, trained together on the same embeddings, of which the best on validation is kept.
+
+A new linear head for classes is not left to validation galaxies alone, which are often too few to choose by: the result
+is then the mean of a head of the grid and of a logistic regression, whose penalty cross-validation among the training
+galaxies has chosen. On 470 real rings (five folds, two seeds) the held-out log loss goes from 0.646 to 0.632 and the
+ROC AUC from 0.715 to 0.722 with MobileNetV2, from 0.685 to 0.679 and from 0.619 to 0.621 with a ConvNeXt nano of random
+weights.
+"""
 
 import copy
+import functools
+import logging
 from collections.abc import Iterable
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
@@ -14,11 +24,15 @@ from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
 from zoobot_hf.models.votes import concentrations_from_logits, vote_loss
 
 from .embedding_cache import StoredEmbeddings
+from .folds import Integers, assign_folds
+from .linear_heads import INNER_FOLDS, SMALLEST_SPREAD, choose_linear_heads
+
+logger = logging.getLogger(__name__)
 
 # Rows that are read from the disk at once where no gradient is needed.
 ROWS_AT_ONCE = 4096
-# Dimensions that vary less than this share of the embeddings' mean size are left at their own scale.
-SMALLEST_SPREAD = 1e-4
+# Beyond so many numbers no regression is fitted: 20,000 embeddings of 640 dimensions take 4 s on two cores.
+MOST_NUMBERS_TO_FIT = 2**24
 
 ModelWithHead = ZoobotForImageClassification | ZoobotForGalaxyZoo
 
@@ -28,7 +42,8 @@ class HeadGrid(nn.Module):
 
     Standardising gives every dimension mean 0 and standard deviation 1 over the training galaxies, so that one
     learning rate suits any encoder. It is undone in `winner`, whose head takes the embeddings as they are. Training
-    sums the heads' losses, so that each head gets its own gradient; evaluation runs the winner alone.
+    sums the heads' losses, so that each head gets its own gradient; evaluation runs the winner alone, or its mean with
+    the `regression`.
 
     Args:
         model: The model whose head is copied.
@@ -50,8 +65,12 @@ class HeadGrid(nn.Module):
         self.register_buffer("winning_head", torch.zeros((), dtype=torch.long, device=model.device))
         self.heads = nn.ModuleList(copy.deepcopy(model.head) for _ in range(count))
         self.heads.requires_grad_(True)
+        is_new = not cast(nn.Linear, model.head[-1]).weight.any()
+        is_linear = self.config.problem_type == "single_label_classification" and self.config.head_type == "linear"
+        self._takes_regression = is_new and is_linear and not self.config.label_smoothing and self.layout is None
+        self._embeddings = embeddings
         # A new head gives the same for all galaxies, and its hidden layer suits standardised ones as it is.
-        if cast(nn.Linear, model.head[-1]).weight.any():
+        if not is_new:
             for head in self.heads:
                 _take_standardised(_first_linear(head), self.mean, self.spread)
 
@@ -64,7 +83,7 @@ class HeadGrid(nn.Module):
         """
         inputs = self.standardise(embeddings)
         if not self.training:
-            logits = self.heads[int(self.winning_head)](inputs)
+            logits = self._logits(int(self.winning_head), inputs)
             loss = None if labels is None else self._loss(logits, labels, training=False)
             if self.layout is None:
                 return ModelOutput(loss=loss, logits=logits)
@@ -101,8 +120,8 @@ class HeadGrid(nn.Module):
             for embeddings, labels in split.batches(ROWS_AT_ONCE):
                 assert labels is not None
                 inputs, labels = self.standardise(embeddings.to(self.mean.device)), labels.to(self.mean.device)
-                for number, head in enumerate(self.heads):
-                    losses[number] += self._loss(head(inputs), labels, training=False) * len(labels)
+                for number in range(len(self.heads)):
+                    losses[number] += self._loss(self._logits(number, inputs), labels, training=False) * len(labels)
         # A head that has run away to NaN never wins.
         self.winning_head.copy_(losses.nan_to_num(torch.inf).argmin())
         self.train(was_training)
@@ -110,8 +129,48 @@ class HeadGrid(nn.Module):
     def winner(self) -> nn.Module:
         """The winning head, for embeddings as the encoder gives them."""
         head = copy.deepcopy(self.heads[int(self.winning_head)])
+        if self.regression is not None:
+            with torch.no_grad():
+                for parameter, other in zip(head.parameters(), self.regression.parameters(), strict=True):
+                    parameter.lerp_(other, 0.5)
         _take_unstandardised(_first_linear(head), self.mean, self.spread)
         return head
+
+    @functools.cached_property
+    def regression(self) -> nn.Module | None:
+        """A logistic regression as a head for standardised embeddings, fitted when it is first asked for.
+
+        None for votes, several labels, hidden layers, smoothed labels, a head that was trained before, and where the
+        galaxies are too many, or those of a class too few for folds.
+        """
+        stored, config = self._embeddings, self.config
+        if not self._takes_regression or len(stored) * len(self.mean) > MOST_NUMBERS_TO_FIT:
+            return None
+        assert stored.labels is not None
+        folds = _deal_folds(stored.labels.numpy(), stored.rows.numpy(), classes=config.num_labels)
+        if folds is None:
+            return None
+        embeddings = torch.cat([batch for batch, _ in stored.batches(ROWS_AT_ONCE)]).to(self.mean.device)
+        # A mean squared length of 1, for which the penalties are made.
+        scale = len(self.mean) ** -0.5
+        inputs = (self.standardise(embeddings) * scale).cpu()
+        heads = choose_linear_heads(
+            inputs.view(1, len(stored.rows), -1, len(self.mean)),
+            stored.labels[None],
+            folds,
+            num_labels=config.num_labels,
+            weights=None if config.class_weights is None else torch.tensor(config.class_weights)[stored.labels][None],
+        )
+        logger.info("Heads are averaged with a logistic regression of penalty %.2g.", heads.penalty.item())
+        regression = copy.deepcopy(cast(nn.Sequential, self.heads[0])).requires_grad_(False)
+        last = cast(nn.Linear, regression[-1])
+        last.weight.copy_(heads.weight[0].T * scale)
+        last.bias.copy_(heads.bias[0])
+        return regression
+
+    def _logits(self, number: int, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.heads[number](inputs)
+        return logits if self.regression is None else (logits + self.regression(inputs)) / 2
 
     def _loss(self, logits: Tensor, labels: Tensor, *, training: bool) -> Tensor:
         if self.layout is None:
@@ -133,6 +192,16 @@ def _measure_spread(embeddings: StoredEmbeddings) -> tuple[Tensor, Tensor]:
     spread = (squares / count - mean.square()).clamp(min=0).sqrt()
     smallest = SMALLEST_SPREAD * (squares / count).mean().sqrt()
     return mean.float(), torch.where(spread > smallest, spread, 1.0).float()
+
+
+def _deal_folds(labels: Integers, images: Integers, *, classes: int) -> Tensor | None:
+    """The fold of each galaxy, one for all copies that balancing made; None where a class has too few for two folds."""
+    _, first = np.unique(images, return_index=True)
+    count = min(INNER_FOLDS, np.bincount(labels[first], minlength=classes).min())
+    if count < 2:
+        return None
+    identifiers = [str(row) for row in range(len(labels))]
+    return torch.from_numpy(assign_folds(identifiers, labels, folds=count, seed=0, groups=images))
 
 
 def _drop(inputs: Tensor, *, share: float) -> Tensor:

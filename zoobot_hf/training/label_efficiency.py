@@ -3,8 +3,8 @@
 For each seed a part of the galaxies is the test set, and the labelled ones are drawn from the others: first five of
 each class, then ten that include these five, and so on. Compared are
 
-- the frozen stage: a linear head on the embeddings of augmented views, its regularisation chosen by cross-validation
-  among the labelled galaxies;
+- the frozen stage: its logistic regression on the embeddings of augmented views, the penalty chosen by cross-validation
+  among the labelled galaxies; its grid of heads, which takes validation galaxies besides, has no part here;
 - logistic regression, scikit-learn's, on standardised plain embeddings, with C = 1 / embedding_size;
 - an untrained encoder: the frozen stage on an encoder of the same configuration with random weights.
 
@@ -29,7 +29,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from torch.nn import functional
 from transformers import EvalPrediction
 
 from zoobot_hf.data.catalog import write_catalog
@@ -44,7 +43,7 @@ from zoobot_hf.publishing.run_folder import write_json
 
 from .embedding_cache import Views, store_embeddings
 from .folds import assign_folds, check_classes, group_near_duplicates
-from .linear_heads import fit_linear_heads, standardise
+from .linear_heads import INNER_FOLDS, choose_linear_heads, standardise
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +51,6 @@ SMALLEST_PROBABILITY = 1e-300  # of a float64, so that its logarithm is a number
 NUMBERS = (5, 10, 20, 40, 80, 160)
 SEEDS = 20
 FOLDS = 5  # a fifth of the galaxies is the test set
-INNER_FOLDS = 5
-PENALTIES = tuple(float(penalty) for penalty in np.geomspace(3e-4, 1, 8))
 VIEWS = Views(2)
 NUMBERS_AT_ONCE = 2**26  # embeddings that are in memory for one fit
 FROZEN, LOGISTIC, UNTRAINED = "Frozen stage", "Logistic regression", "Untrained encoder"
@@ -313,36 +310,17 @@ def _fit_and_predict(embedded: _Embedded, labels: Integers, draws: Sequence[_Dra
         for rows, draw in zip(chosen, draws, strict=True)
     ]
     inputs, validated = (torch.stack([each[place] for each in prepared]) for place in (0, 1))
-    truth = torch.stack([torch.from_numpy(labels[rows]) for rows in chosen])
-    folds = torch.arange(number * classes) // classes % min(INNER_FOLDS, number)
-    is_held_out = folds == torch.arange(min(INNER_FOLDS, number))[:, None]
-    # A head for each inner fold, without its galaxies, and a last one with all of them.
-    weights = torch.cat([~is_held_out, torch.ones(1, number * classes, dtype=torch.bool)]).float()
-    heads = fit_linear_heads(
-        inputs,
-        truth.repeat_interleave(views, dim=1),
-        weights.repeat_interleave(views, dim=1).expand(len(draws), -1, -1),
-        torch.tensor(PENALTIES),
+    heads = choose_linear_heads(
+        inputs.view(len(draws), len(chosen[0]), views, -1),
+        torch.stack([torch.from_numpy(labels[rows]) for rows in chosen]),
+        torch.arange(number * classes) // classes % min(INNER_FOLDS, number),
         num_labels=classes,
+        held_out=validated[:, :, None],
     )
-    best = _losses_of_held_out(heads.weight, heads.bias, validated, truth, is_held_out).argmin(1)
-    rows = range(len(draws))
     return [
-        (prepared[row][2] @ heads.weight[row, -1, best[row]] + heads.bias[row, -1, best[row]]).double().numpy()
-        for row in rows
+        (inputs_of_test @ weight + bias).double().numpy()
+        for (_, _, inputs_of_test), weight, bias in zip(prepared, heads.weight, heads.bias, strict=True)
     ]
-
-
-def _losses_of_held_out(weight: Tensor, bias: Tensor, inputs: Tensor, labels: Tensor, is_held_out: Tensor) -> Tensor:
-    """The mean loss of each penalty on the galaxies that each fold's head has not seen, (sets, penalties)."""
-    losses = torch.zeros(len(inputs), weight.shape[2])
-    for fold, rows in enumerate(is_held_out):
-        logits = torch.einsum("snd,spdc->spnc", inputs[:, rows], weight[:, fold]) + bias[:, fold, :, None]
-        truth = labels[:, None, rows].expand(logits.shape[:3])
-        losses += (
-            functional.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view(truth.shape).sum(2)
-        )
-    return losses / labels.shape[1]
 
 
 def _predict_by_logistic_regression(

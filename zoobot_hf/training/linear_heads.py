@@ -8,12 +8,16 @@ learning rate has a part in the result, and heads of many draws, folds and penal
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.linalg import helmert
 from torch import Tensor
+from torch.nn import functional
 
-from .head_grid import SMALLEST_SPREAD
-
+INNER_FOLDS = 5
+PENALTIES = tuple(float(penalty) for penalty in np.geomspace(3e-4, 1, 8))
+# Dimensions that vary less than this share of the embeddings' mean size say nothing.
+SMALLEST_SPREAD = 1e-4
 MOST_STEPS = 3000
 STEPS_BETWEEN_CHECKS = 20
 # A head's distance from the best is at most its gradient over the penalty; float32 gets no further than the second.
@@ -34,6 +38,20 @@ class LinearHeads(NamedTuple):
     bias: Tensor
 
 
+class ChosenHeads(NamedTuple):
+    """The best head of each of several sets of galaxies.
+
+    Attributes:
+        weight: (sets, embedding_size, classes), for the inputs that the heads were fitted to.
+        bias: (sets, classes).
+        penalty: (sets,), chosen by cross-validation.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    penalty: Tensor
+
+
 def standardise(embeddings: Tensor, *others: Tensor) -> list[Tensor]:
     """Embeddings with mean 0, equal spread in every dimension and a mean squared length of 1, and others likewise.
 
@@ -47,6 +65,50 @@ def standardise(embeddings: Tensor, *others: Tensor) -> list[Tensor]:
     # A dimension that hardly varies here says nothing, and could be large elsewhere.
     scale = torch.where(spread > smallest, 1 / spread, 0.0) / values.shape[1] ** 0.5
     return [((each.double() - mean) * scale).float() for each in (embeddings, *others)]
+
+
+def choose_linear_heads(
+    inputs: Tensor,
+    labels: Tensor,
+    folds: Tensor,
+    *,
+    num_labels: int,
+    held_out: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> ChosenHeads:
+    """The best head of each set of galaxies, with the penalty that is best for galaxies that a head has not seen.
+
+    Args:
+        inputs: From `standardise`, (sets, n, views, embedding_size), float32.
+        labels: Class numbers, (sets, n).
+        folds: The fold of each galaxy, 0 to folds - 1, in all sets; (n,).
+        num_labels: How many classes there are.
+        held_out: What a galaxy that was held out is judged by, likewise; `inputs` when absent.
+        weights: Of each galaxy, (sets, n); all alike when absent.
+    """
+    held_out = inputs if held_out is None else held_out
+    weights = torch.ones(labels.shape) if weights is None else weights
+    is_held_out = folds == torch.arange(int(folds.max()) + 1)[:, None]
+    # A head for each fold, without its galaxies, and a last one with all of them.
+    used = torch.cat([~is_held_out, torch.ones(1, len(folds), dtype=torch.bool)])
+    views = inputs.shape[2]
+    penalties = torch.tensor(PENALTIES)
+    heads = fit_linear_heads(
+        inputs.flatten(1, 2),
+        labels.repeat_interleave(views, dim=1),
+        (used * weights[:, None]).repeat_interleave(views, dim=2),
+        penalties,
+        num_labels=num_labels,
+    )
+    losses = torch.zeros(len(inputs), len(penalties))
+    for fold, rows in enumerate(is_held_out):
+        logits = torch.einsum("snvd,spdc->spnvc", held_out[:, rows], heads.weight[:, fold])
+        logits += heads.bias[:, fold, :, None, None]
+        truth = labels[:, None, rows, None].expand(logits.shape[:4])
+        own = functional.cross_entropy(logits.flatten(0, 3), truth.flatten(), reduction="none").view(truth.shape)
+        losses += (own * weights[:, None, rows, None]).sum((2, 3))
+    best, sets = losses.argmin(1), torch.arange(len(inputs))
+    return ChosenHeads(heads.weight[sets, -1, best], heads.bias[sets, -1, best], penalties[best])
 
 
 def fit_linear_heads(
@@ -108,7 +170,7 @@ def _minimise(
     """
     (sets, heads, _), count, dimensions = shares.shape, len(penalties), inputs.shape[2]
     contrast = _contrast(num_labels)
-    is_class = torch.nn.functional.one_hot(labels, num_labels).float()[:, :, None, None] @ contrast.T
+    is_class = functional.one_hot(labels, num_labels).float()[:, :, None, None] @ contrast.T
     by_row = shares.transpose(1, 2)[:, :, :, None, None]
     penalty = penalties[None, None, None, :, None].repeat(1, dimensions, 1, 1, 1)
     penalty[:, -1] = 0

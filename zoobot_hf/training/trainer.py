@@ -228,9 +228,9 @@ class FrozenStageTrainer(_StageTrainer):
 
     With `embedding_cache`, the encoder runs once over each galaxy's views, and every epoch after that trains heads
     alone: a grid of them with several learning rates, of which the one of lowest validation loss is the model's head in
-    the end. The training loss in the log is the mean over the grid. More of `Trainer` is overridden for that than
-    elsewhere, because the module that is trained, its data and its optimizer are all others than those that the user
-    gave.
+    the end; a new linear head for classes is its mean with a logistic regression, as in `HeadGrid`. The training loss
+    in the log is the mean over the grid. More of `Trainer` is overridden for that than elsewhere, because the module
+    that is trained, its data and its optimizer are all others than those that the user gave.
 
     Args:
         model: The model; its encoder is frozen here.
