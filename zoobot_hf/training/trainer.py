@@ -218,7 +218,8 @@ class _StageTrainer(Trainer):
             scaled = self.processing_class.rescale_and_normalize(turned)
             inputs = {**inputs, "pixel_values": scaled.contiguous(memory_format=torch.channels_last)}
         # The augmentation stays in float32.
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.takes_bf16_steps and model.training):
+        is_bf16 = self.args.takes_bf16_steps and model.training
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=is_bf16):
             loss: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, *args, **kwargs)
         return loss
 
