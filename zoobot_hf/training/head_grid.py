@@ -162,7 +162,7 @@ class HeadGrid(nn.Module):
             weights=None if config.class_weights is None else torch.tensor(config.class_weights)[stored.labels][None],
         )
         logger.info("Heads are averaged with a logistic regression of penalty %.2g.", heads.penalty.item())
-        regression = copy.deepcopy(cast(nn.Sequential, self.heads[0])).requires_grad_(False)
+        regression = copy.deepcopy(cast(nn.Sequential, self.heads[0])).eval().requires_grad_(False)
         last = cast(nn.Linear, regression[-1])
         last.weight.copy_(heads.weight[0].T * scale)
         last.bias.copy_(heads.bias[0])
