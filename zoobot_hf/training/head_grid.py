@@ -83,7 +83,7 @@ class HeadGrid(nn.Module):
         """
         inputs = self.standardise(embeddings)
         if not self.training:
-            logits = self._logits(int(self.winning_head), inputs)
+            (logits,) = self._logits([self.heads[int(self.winning_head)]], inputs)
             loss = None if labels is None else self._loss(logits, labels, training=False)
             if self.layout is None:
                 return ModelOutput(loss=loss, logits=logits)
@@ -120,8 +120,8 @@ class HeadGrid(nn.Module):
             for embeddings, labels in split.batches(ROWS_AT_ONCE):
                 assert labels is not None
                 inputs, labels = self.standardise(embeddings.to(self.mean.device)), labels.to(self.mean.device)
-                for number in range(len(self.heads)):
-                    losses[number] += self._loss(self._logits(number, inputs), labels, training=False) * len(labels)
+                for number, logits in enumerate(self._logits(self.heads, inputs)):
+                    losses[number] += self._loss(logits, labels, training=False) * len(labels)
         # A head that has run away to NaN never wins.
         self.winning_head.copy_(losses.nan_to_num(torch.inf).argmin())
         self.train(was_training)
@@ -168,9 +168,12 @@ class HeadGrid(nn.Module):
         last.bias.copy_(heads.bias[0])
         return regression
 
-    def _logits(self, number: int, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.heads[number](inputs)
-        return logits if self.regression is None else (logits + self.regression(inputs)) / 2
+    def _logits(self, heads: Iterable[nn.Module], inputs: Tensor) -> list[Tensor]:
+        logits = [head(inputs) for head in heads]
+        if self.regression is None:
+            return logits
+        regression = self.regression(inputs)
+        return [(each + regression) / 2 for each in logits]
 
     def _loss(self, logits: Tensor, labels: Tensor, *, training: bool) -> Tensor:
         if self.layout is None:
