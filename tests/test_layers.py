@@ -48,6 +48,7 @@ ORDER = [
     "publishing.hub",
     "publishing.hub_dataset",
     "publishing.run_folder",
+    "training.layer_fusion",
     "training.machine",
     "training.arguments",
     "training.augmentation",

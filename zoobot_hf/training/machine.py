@@ -3,20 +3,16 @@
 import copy
 import ctypes
 import functools
-import logging
 import multiprocessing
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
 from accelerate import PartialState
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from zoobot_hf.data.images import (
     MOST_READING_PROCESSES,
@@ -27,16 +23,13 @@ from zoobot_hf.data.images import (
     read_ahead,
     read_in_turns,
 )
-
-logger = logging.getLogger(__name__)
+from zoobot_hf.training.layer_fusion import fuse_layers
 
 # glibc's mallopt(3): parameter numbers from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 ALLOCATOR_SWITCH = "ZOOBOT_HF_KEEP_ALLOCATOR"
 # On two cores the embedded encoder predicts 311 galaxies/s at 8, 368 at 16 and 415 at 32; MobileNetV2 90 to 92 at each.
 BATCH_SIZE_ON_CPU, BATCH_SIZE_ON_GPU = 32, 128
-# Largest difference that folding may make, as a share of the largest output; rounding makes 1e-6 to 1e-5.
-FOLDING_TOLERANCE = 1e-4
 
 
 @functools.cache
@@ -101,8 +94,8 @@ class InferenceRunner:
     """Runs a module on batches of images without gradients, in evaluation mode, as fast as its device allows.
 
     Convolutions get channels-last memory, and every batch the same size, so that a compiled module is compiled once and
-    an image's result does not depend on how many others came with it. On a CPU a copy of the module runs whose
-    BatchNorms are folded into its convolutions. Used in a `with` statement, it ends the processes that read for it.
+    an image's result does not depend on how many others came with it. On a CPU a copy of the module runs whose layers
+    are fused. Used in a `with` statement, it ends the processes that read for it.
 
     Args:
         module: Takes `pixel_values` (batch, channels, height, width); moved to channels-last memory.
@@ -120,7 +113,7 @@ class InferenceRunner:
         self.module = module.eval().to(memory_format=torch.channels_last)
         self.torch_compile = torch_compile
         self.bf16 = uses_bf16(self.device, bf16)
-        self._prepared: Callable[..., Any] | None = None
+        self._prepared: dict[torch.Size, Callable[..., Any]] = {}
         count = _reading_processes(self.device)
         self._processes = ReadingProcesses(count) if count > 1 else None
 
@@ -156,19 +149,20 @@ class InferenceRunner:
         if count < self.batch_size:
             # Not in inference mode: a tensor that was made there is of another kind, which is compiled anew.
             pixel_values = functional.pad(pixel_values, (0, 0, 0, 0, 0, 0, 0, self.batch_size - count))
-        if self._prepared is None:
-            self._prepared = self._prepare(pixel_values[:1])
+        size = pixel_values.shape[-2:]
+        if size not in self._prepared:
+            self._prepared[size] = self._prepare(pixel_values[:1])
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
         ):
             inputs = pixel_values.to(self.device).contiguous(memory_format=torch.channels_last)
-            output: Tensor = self._prepared(pixel_values=inputs)[0]
+            output: Tensor = self._prepared[size](pixel_values=inputs)[0]
             return output[:count].float().cpu()
 
     def _prepare(self, image: Tensor) -> Callable[..., Any]:
         module = _without_precision(self.module)
-        module = fold_batch_norms(module, image) if self.device.type == "cpu" else module
+        module = fuse_layers(module, image) if self.device.type == "cpu" else module
         return torch.compile(module) if self.torch_compile else module
 
 
@@ -179,75 +173,3 @@ def _without_precision(module: nn.Module) -> nn.Module:
     bare = copy.copy(module)
     del bare.forward
     return bare
-
-
-@torch.no_grad()
-def fold_batch_norms(module: nn.Module, image: Tensor) -> nn.Module:
-    """A copy in which each BatchNorm is part of the convolution before it; the module itself where that changes it.
-
-    A pass over each layer's output is saved: MobileNetV2 on two cores does 91 images/s instead of 70, compiled 112
-    instead of 102.
-
-    Args:
-        module: Takes `pixel_values`; in evaluation mode, on the CPU.
-        image: (1, channels, height, width); on it the copy's first output has to be the module's.
-    """
-    if not any(_can_be_folded(part) for part in module.modules()):
-        return module
-    expected, pairs = _find_convolutions_with_norms(module, image)
-    if not pairs:
-        return module
-    folded = copy.deepcopy(module)
-    for convolution_name, norm_name in pairs:
-        convolution, norm = folded.get_submodule(convolution_name), folded.get_submodule(norm_name)
-        assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        convolution.weight, convolution.bias = fuse_conv_bn_weights(
-            convolution.weight,
-            convolution.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
-        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        folded.set_submodule(norm_name, rest)
-    difference = (folded(pixel_values=image)[0] - expected).abs().max()
-    if difference <= FOLDING_TOLERANCE * expected.abs().max():
-        return folded
-    logger.info("BatchNorms are not folded: the outputs would differ by up to %g.", difference)
-    return module
-
-
-def _can_be_folded(part: nn.Module) -> bool:
-    return type(part) in (nn.BatchNorm2d, BatchNormAct2d) and bool(part.track_running_stats)
-
-
-def _find_convolutions_with_norms(module: nn.Module, image: Tensor) -> tuple[Tensor, list[tuple[str, str]]]:
-    """The module's first output, and the names of each convolution and the BatchNorm that its output goes to."""
-    made: list[tuple[str, Tensor]] = []
-    pairs: list[tuple[str, str]] = []
-
-    def note_output(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
-        made.append((name, output))
-
-    def note_input(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        pairs.extend((convolution, name) for convolution, output in made if output is inputs[0])
-
-    hooks = []
-    for name, part in module.named_modules():
-        if isinstance(part, nn.Conv2d):
-            hooks.append(part.register_forward_hook(functools.partial(note_output, name)))
-        elif _can_be_folded(part):
-            hooks.append(part.register_forward_pre_hook(functools.partial(note_input, name)))
-    try:
-        output: Tensor = module(pixel_values=image)[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # What runs twice, or feeds two norms, is left as it is.
-    used = Counter(name for pair in pairs for name in pair)
-    return output, [pair for pair in pairs if used[pair[0]] == used[pair[1]] == 1]
