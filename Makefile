@@ -14,8 +14,9 @@ BIN = .venv/bin
 demo: .venv/installed
 	$(BIN)/zoobot-hf demo --output_dir demo
 
+# A process for each core: most tests keep only one busy. The tests of a file share what it sets up.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not network"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not network"
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -m "not network"

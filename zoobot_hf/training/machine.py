@@ -28,7 +28,7 @@ from zoobot_hf.training.layer_fusion import fuse_layers
 # glibc's mallopt(3): parameter numbers from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 ALLOCATOR_SWITCH = "ZOOBOT_HF_KEEP_ALLOCATOR"
-# On two cores the embedded encoder predicts 311 galaxies/s at 8, 368 at 16 and 415 at 32; MobileNetV2 90 to 92 at each.
+# On two cores the embedded encoder predicts 311 galaxies/s at 8, 368 at 16 and 415 at 32; MobileNetV2 99, 110 and 121.
 BATCH_SIZE_ON_CPU, BATCH_SIZE_ON_GPU = 32, 128
 
 
