@@ -121,13 +121,16 @@ def test_a_head_that_was_trained_before_goes_on_from_where_it_is(layer_norm_mode
     assert HeadGrid(layer_norm_model, make_embeddings(), count=1).regression is None
 
 
-def test_what_is_too_much_or_too_little_for_a_regression_is_left_to_the_grid(monkeypatch):
+def test_what_is_too_much_or_too_little_for_a_regression_is_left_to_the_grid(monkeypatch, caplog):
+    caplog.set_level("INFO")
     one_of_a_class = make_embeddings(labels=(torch.arange(40) == 7).long())
     assert HeadGrid(make_model(), one_of_a_class, count=1).regression is None
+    assert "No logistic regression is averaged in: a class has fewer than two training galaxies." in caplog.text
     none_of_a_class = make_embeddings(labels=torch.zeros(40, dtype=torch.long))
     assert HeadGrid(make_model(), none_of_a_class, count=1).regression is None
     monkeypatch.setattr(head_grid, "MOST_NUMBERS_TO_FIT", 40 * 2 * 16 - 1)
     assert HeadGrid(make_model(), make_embeddings(), count=1).regression is None
+    assert "No logistic regression is averaged in: for so many galaxies the heads need none." in caplog.text
 
 
 def test_copies_that_balancing_made_are_in_the_fold_of_their_galaxy():

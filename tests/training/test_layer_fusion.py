@@ -149,3 +149,14 @@ def test_fused_layers_obey_mixed_precision():
 
 def test_a_model_without_layers_to_fuse_is_not_copied(vit_model):
     assert fuse_layers(vit_model, torch.rand(1, 3, 32, 32)) is vit_model
+
+
+@needs_onednn
+def test_layers_are_fused_inside_inference_mode_too(batch_norm_model):
+    model = randomized(batch_norm_model)
+    with torch.inference_mode():
+        images = torch.rand(2, 3, 32, 32)
+        fused = fuse_layers(model, images[:1])
+        assert not parts(fused, nn.BatchNorm2d)
+        assert_same(fused(pixel_values=images)[0], model(pixel_values=images)[0])
+    assert all(not parameter.is_inference() for parameter in fused.parameters())

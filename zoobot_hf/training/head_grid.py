@@ -144,11 +144,15 @@ class HeadGrid(nn.Module):
         galaxies are too many, or those of a class too few for folds.
         """
         stored, config = self._embeddings, self.config
-        if not self._takes_regression or len(stored) * len(self.mean) > MOST_NUMBERS_TO_FIT:
+        if not self._takes_regression:
+            return None
+        if len(stored) * len(self.mean) > MOST_NUMBERS_TO_FIT:
+            logger.info("No logistic regression is averaged in: for so many galaxies the heads need none.")
             return None
         assert stored.labels is not None
         folds = _deal_folds(stored.labels.numpy(), stored.rows.numpy(), classes=config.num_labels)
         if folds is None:
+            logger.info("No logistic regression is averaged in: a class has fewer than two training galaxies.")
             return None
         embeddings = torch.cat([batch for batch, _ in stored.batches(ROWS_AT_ONCE)]).to(self.mean.device)
         # A mean squared length of 1, for which the penalties are made.

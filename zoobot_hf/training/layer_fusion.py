@@ -34,6 +34,7 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
 }
 
 
+@torch.inference_mode(False)  # tensors have no versions there
 @torch.no_grad()
 def fuse_layers(module: nn.Module, image: Tensor) -> nn.Module:
     """A copy with fused layers; the module itself where nothing can be fused, or fusing would change its output.

@@ -23,7 +23,8 @@ from zoobot_hf.data.images import (
     read_ahead,
     read_in_turns,
 )
-from zoobot_hf.training.layer_fusion import fuse_layers
+
+from .layer_fusion import fuse_layers
 
 # glibc's mallopt(3): parameter numbers from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
