@@ -38,3 +38,12 @@ def test_batches_are_read_in_order(batch_size):
     batches = list(runner.read(lambda number: number + 1, range(7), collate=tuple))
     assert [number for batch in batches for number in batch] == list(range(1, 8))
     assert max(map(len, batches)) == batch_size
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_model_in_bfloat16_takes_images_in_float32(batch_norm_model, bf16):
+    images = torch.rand(2, 3, 32, 32)
+    expected = InferenceRunner(batch_norm_model.zoobot, batch_size=2)(images)
+    found = InferenceRunner(batch_norm_model.zoobot.to(torch.bfloat16), batch_size=2, bf16=bf16)(images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))

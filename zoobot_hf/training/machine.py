@@ -110,7 +110,8 @@ class InferenceRunner:
     ) -> None:
         tune_memory_allocator()
         self.batch_size = batch_size
-        self.device = next(module.parameters()).device
+        first = next(module.parameters())
+        self.device, self.dtype = first.device, first.dtype
         self.module = module.eval().to(memory_format=torch.channels_last)
         self.torch_compile = torch_compile
         self.bf16 = uses_bf16(self.device, bf16)
@@ -150,20 +151,21 @@ class InferenceRunner:
         if count < self.batch_size:
             # Not in inference mode: a tensor that was made there is of another kind, which is compiled anew.
             pixel_values = functional.pad(pixel_values, (0, 0, 0, 0, 0, 0, 0, self.batch_size - count))
-        size = pixel_values.shape[-2:]
+        size = pixel_values.shape[1:]
         if size not in self._prepared:
-            self._prepared[size] = self._prepare(pixel_values[:1])
+            self._prepared[size] = self._prepare(size)
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
         ):
-            inputs = pixel_values.to(self.device).contiguous(memory_format=torch.channels_last)
+            inputs = pixel_values.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
             output: Tensor = self._prepared[size](pixel_values=inputs)[0]
             return output[:count].float().cpu()
 
-    def _prepare(self, image: Tensor) -> Callable[..., Any]:
+    def _prepare(self, size: torch.Size) -> Callable[..., Any]:
         module = _without_precision(self.module)
-        module = fuse_layers(module, image) if self.device.type == "cpu" else module
+        if self.device.type == "cpu":
+            module = fuse_layers(module, torch.rand(1, *size, generator=torch.Generator().manual_seed(0)))
         return torch.compile(module) if self.torch_compile else module
 
 
