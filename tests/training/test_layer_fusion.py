@@ -5,7 +5,8 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
-from zoobot_hf.training.layer_fusion import ACTIVATIONS, fuse_layers
+from zoobot_hf.training.depthwise import fast_depthwise_convolutions
+from zoobot_hf.training.layer_fusion import ACTIVATIONS, folded_batch_norms, fuse_layers, probe_image
 from zoobot_hf.training.machine import InferenceRunner
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="activations are fused by oneDNN")
@@ -160,3 +161,89 @@ def test_layers_are_fused_inside_inference_mode_too(batch_norm_model):
         assert not parts(fused, nn.BatchNorm2d)
         assert_same(fused(pixel_values=images)[0], model(pixel_values=images)[0])
     assert all(not parameter.is_inference() for parameter in fused.parameters())
+
+
+def gradients(model, images):
+    """Of all parameters, of a sum of the output with weights of its own."""
+    model.zero_grad()
+    output = model(pixel_values=images)[0]
+    (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def patched(module):
+    return {name for name, part in module.named_modules() if "forward" in vars(part)}
+
+
+def assert_gradients_are_the_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("name", ["batch_norm_model", "timm_model"])
+def test_gradients_are_those_of_batch_norms_that_keep_their_statistics(name, request):
+    model = randomized(request.getfixturevalue(name))
+    model.unfreeze_encoder()
+    model.train()
+    for part in parts(model, nn.Dropout):
+        part.p = 0.0
+    before, images = copy.deepcopy(model.state_dict()), torch.rand(4, 3, 32, 32)
+    modes = [part.training for part in model.modules()]
+    expected = gradients(model, images)
+    with fast_depthwise_convolutions(model):
+        outer = patched(model)
+        with folded_batch_norms(model, probe_image(3, 32, 32)):
+            assert len(patched(model)) > len(outer) + len(parts(model, nn.BatchNorm2d)) / 2
+            assert [part.training for part in model.modules()] == modes
+            found = gradients(model, images)
+        assert patched(model) == outer
+    assert not patched(model)
+    assert_gradients_are_the_same(found, expected)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("convolution", [nn.Conv2d, Conv2dSame])
+def test_gradients_reach_each_parameter_of_a_folded_batch_norm(convolution, bias):
+    module = randomized(Layers(convolution(3, 6, 3, stride=2, groups=3, bias=bias), nn.BatchNorm2d(6), nn.ReLU()))
+    images = torch.randn(4, 3, 9, 9)
+    expected = gradients(module, images)
+    with folded_batch_norms(module, images[:1]):
+        assert patched(module) == {"layers.0", "layers.1"}
+        found = gradients(module, images)
+    assert_gradients_are_the_same(found, expected)
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+
+
+def test_a_batch_norm_in_training_mode_works_as_ever():
+    module = randomized(Layers(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))).train()
+    other, images = copy.deepcopy(module), torch.randn(4, 3, 9, 9)
+    expected = gradients(other, images)
+    with folded_batch_norms(module, images[:1]):
+        assert patched(module)
+        assert_gradients_are_the_same(gradients(module, images), expected)
+    assert torch.equal(module.layers[1].running_mean, other.layers[1].running_mean)
+
+
+class UsesWhatItsConvolutionPutOutTwice(Layers):
+    def forward(self, pixel_values):
+        convolution, norm = self.layers
+        seen = convolution(pixel_values)
+        return (norm(seen) + seen,)
+
+
+def test_a_batch_norm_is_not_folded_where_that_would_change_the_output():
+    module = randomized(UsesWhatItsConvolutionPutOutTwice(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    assert fuse_layers(module, torch.randn(1, 3, 8, 8)) is module
+    with folded_batch_norms(module, torch.randn(1, 3, 8, 8)):
+        assert not patched(module)
+
+
+def test_an_error_leaves_no_folded_batch_norms():
+    module = randomized(Layers(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)))
+    weight = module.layers[0].weight
+    with pytest.raises(RuntimeError, match="channels"), folded_batch_norms(module, torch.randn(1, 3, 8, 8)):
+        module(pixel_values=torch.randn(1, 2, 8, 8))
+    assert not patched(module)
+    assert module.layers[0].weight is weight

@@ -24,7 +24,7 @@ from zoobot_hf.data.images import (
     read_in_turns,
 )
 
-from .layer_fusion import fuse_layers
+from .layer_fusion import fuse_layers, probe_image
 
 # glibc's mallopt(3): parameter numbers from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -165,7 +165,7 @@ class InferenceRunner:
     def _prepare(self, size: torch.Size) -> Callable[..., Any]:
         module = _without_precision(self.module)
         if self.device.type == "cpu":
-            module = fuse_layers(module, torch.rand(1, *size, generator=torch.Generator().manual_seed(0)))
+            module = fuse_layers(module, probe_image(*size))
         return torch.compile(module) if self.torch_compile else module
 
 
