@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Largest difference that fusing may make, as a share of the largest output; rounding makes 1e-6 to 1e-5.
 TOLERANCE = 1e-4
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 # What oneDNN calls an activation, and its numbers; see torch/_inductor/fx_passes/mkldnn_fusion.py.
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
@@ -55,7 +57,7 @@ def fuse_layers(module: nn.Module, image: Tensor) -> nn.Module:
         module: Takes `pixel_values`; in evaluation mode, on the CPU. Other types than float32 are left as they are.
         image: (1, channels, height, width); on it the copy's first output has to be the module's.
     """
-    if not _is_float32(module) or not _names(module, (nn.Conv2d, Conv2dSame)):
+    if not _is_float32(module) or not _names(module, CONVOLUTIONS):
         return module
     shared = itertools.chain(module.parameters(), module.buffers())
     fused = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
@@ -74,8 +76,11 @@ def folded_batch_norms(module: nn.Module, image: Tensor) -> Iterator[None]:
         module: Takes `pixel_values`; on the CPU. Other types than float32 are left as they are.
         image: As for `fuse_layers`.
     """
+    if not _is_float32(module) or not _names(module, NORMS):
+        yield
+        return
     modes = {part: part.training for part in module.modules()}
-    pairs = _find_foldable(module.eval(), image) if _is_float32(module) else []
+    pairs = _find_foldable(module.eval(), image)
     forwards: dict[nn.Module, Any] = {part: vars(part).get("forward") for pair in pairs for part in pair}
     expected = _output(module, image)
     try:
@@ -138,7 +143,7 @@ def _finish_norm(norm: nn.BatchNorm2d, forward: Callable[[Tensor], Tensor], imag
 def _find_foldable(module: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """Convolutions and the BatchNorms that only see what these put out."""
     pairs = []
-    for names in _find_pairs(module, image, (nn.Conv2d, Conv2dSame), (nn.BatchNorm2d, BatchNormAct2d)):
+    for names in _find_pairs(module, image, CONVOLUTIONS, NORMS):
         convolution, norm = map(module.get_submodule, names)
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
