@@ -2,10 +2,18 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import ResNetConfig, TrainerCallback
 from transformers.models.convnext.modeling_convnext import ConvNextLayer
 
-from zoobot_hf import FrozenStageArguments, FrozenStageTrainer, UnfrozenStageArguments, UnfrozenStageTrainer
+from zoobot_hf import (
+    FrozenStageArguments,
+    FrozenStageTrainer,
+    UnfrozenStageArguments,
+    UnfrozenStageTrainer,
+    ZoobotConfig,
+    ZoobotForImageClassification,
+    ZoobotImageProcessor,
+)
 from zoobot_hf.data.images import UnreadableImageError
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.training.augmentation import augment_galaxies
@@ -95,6 +103,17 @@ def test_the_unfrozen_stage_moves_every_weight_and_no_statistics(name, request, 
     train(UnfrozenStageTrainer, model, arguments, galaxies, processor)
     weights = {name for name, _ in model.named_parameters()}
     assert moved(before, model.state_dict()) == weights
+
+
+def test_the_unfrozen_stage_takes_grey_images(galaxies, tmp_path):
+    encoder = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    labels = {0: "not ring", 1: "ring"}
+    config = ZoobotConfig(encoder, id2label=labels, label2id={name: index for index, name in labels.items()})
+    model = ZoobotForImageClassification(config)
+    before = state_of(model)
+    arguments = unfrozen_arguments(tmp_path, learning_rate=1e-2, load_best_model_at_end=False)
+    train(UnfrozenStageTrainer, model, arguments, galaxies, ZoobotImageProcessor(32, num_channels=1))
+    assert moved(before, model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model", "timm_convnext_model"])

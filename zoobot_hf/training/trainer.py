@@ -419,8 +419,9 @@ class UnfrozenStageTrainer(_StageTrainer):
         """After `fast_depthwise_convolutions`, which would not see what this one makes of a convolution."""
         if self.model.device.type != "cpu" or self.args.torch_compile:
             return nullcontext()
-        pixels = self.processing_class.pixels
-        return folded_batch_norms(self.model.base_model, probe_image(3, pixels, pixels))
+        processor = self.processing_class
+        image = probe_image(processor.num_channels, processor.pixels, processor.pixels)
+        return folded_batch_norms(self.model.base_model, image)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer, with layer-wise learning rate decay.
