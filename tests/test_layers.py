@@ -57,6 +57,7 @@ ORDER = [
     "training.linear_heads",
     "training.folds",
     "training.head_grid",
+    "training.weight_averaging",
     "training.trainer",
     "training.vote_report",
     "training.cross_validation",

@@ -1,4 +1,4 @@
-"""Five-fold cross-validated accuracy and ROC AUC of both stages on a ring catalog.
+"""Five-fold cross-validated scores on a ring catalog: of both stages, and of the one that validation keeps.
 
     python tests/benchmarks/rings_cross_validation.py --encoder FOLDER_OR_ID --dataset CATALOG
 
@@ -71,8 +71,9 @@ def run_fold(options, run):
     galaxies = load_galaxy_dataset(options.dataset, label_column=options.label_column)
     processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
     splits = split_folds(galaxies, folds=options.folds, seed=options.seed + repeat)[fold]
-    stages = finetune_on(splits, processor, options, seed=options.seed + options.folds * repeat + fold)
-    return {stage.name: score(stage, splits["test"]["label"]) for stage in stages}
+    finetuned = finetune_on(splits, processor, options, seed=options.seed + options.folds * repeat + fold)
+    scores = {stage.name: score(stage, splits["test"]["label"]) for stage in finetuned.stages}
+    return {**scores, "kept": scores[finetuned.kept_stage]}
 
 
 def finetune_on(splits, processor, options, *, seed):
@@ -86,7 +87,7 @@ def finetune_on(splits, processor, options, *, seed):
     if options.processes > 1:
         stage_arguments["dataloader_num_workers"] = 0
     with tempfile.TemporaryDirectory() as folder:
-        finetuned = finetune(
+        return finetune(
             model,
             processor,
             splits,
@@ -94,7 +95,6 @@ def finetune_on(splits, processor, options, *, seed):
             frozen=FrozenStageArguments(**stage_arguments),
             unfrozen=UnfrozenStageArguments(**stage_arguments),
         )
-    return finetuned.stages
 
 
 def score(stage, labels):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -198,6 +200,48 @@ def test_batch_norm_statistics_move_when_they_are_not_kept(batch_norm_model, gal
     train(UnfrozenStageTrainer, batch_norm_model, arguments, galaxies, processor)
     names = moved(before, batch_norm_model.state_dict())
     assert any(name.endswith("running_mean") for name in names)
+
+
+def test_the_weights_of_lower_loss_are_logged_saved_and_kept(layer_norm_model, galaxies, processor, tmp_path, caplog):
+    # A rate so high that the steps go past what they look for, and their mean does not.
+    arguments = unfrozen_arguments(tmp_path, num_train_epochs=4, learning_rate=3e-2, save_total_limit=None)
+    with caplog.at_level("INFO", logger="zoobot_hf.training.trainer"):
+        trainer = train(UnfrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    compared = [record.args for record in caplog.records if "with their mean" in record.message]
+    logged = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert [step for step, _, _ in compared] == [3, 6, 9, 12]
+    assert logged == [min(losses) for _, *losses in compared]
+    assert any(mean < last for _, last, mean in compared)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(logged), rel=1e-5)
+    for (step, *_), loss in zip(compared, logged, strict=True):
+        saved = ZoobotForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}")
+        layer_norm_model.load_state_dict(saved.state_dict())
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_without_validation_the_last_weights_are_kept(layer_norm_model, galaxies, processor, tmp_path):
+    kept = []
+    for is_averaged in (False, True):
+        model = copy.deepcopy(layer_norm_model)
+        changes = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        arguments = unfrozen_arguments(tmp_path, average_weights=is_averaged, **changes)
+        UnfrozenStageTrainer(model, arguments, processing_class=processor, train_dataset=galaxies).train()
+        kept.append(model.state_dict())
+    assert not moved(*kept)
+    assert moved(kept[0], layer_norm_model.state_dict())
+
+
+def test_a_second_call_goes_on_from_what_the_first_kept(layer_norm_model, galaxies, processor, tmp_path):
+    trainer = train(UnfrozenStageTrainer, layer_norm_model, unfrozen_arguments(tmp_path), galaxies, processor)
+    kept = state_of(layer_norm_model)
+    trainer.args.learning_rate = 0.0
+    trainer.train()
+    assert not moved(kept, layer_norm_model.state_dict())
+
+
+@pytest.mark.parametrize(("changes", "is_averaged"), [({}, True), ({"keep_batch_norm_statistics": False}, False)])
+def test_weights_are_averaged_where_statistics_are_kept(changes, is_averaged, tmp_path):
+    assert unfrozen_arguments(tmp_path, **changes).average_weights == is_averaged
 
 
 def test_the_frozen_stage_learns_to_tell_drawn_rings(batch_norm_model, galaxies, processor, tmp_path):
