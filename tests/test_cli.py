@@ -750,9 +750,9 @@ def test_overwrite_starts_anew(run_folder, shared_galaxy_folder, encoder_folder,
 def test_resume_refuses_other_arguments(run_folder, shared_galaxy_folder, encoder_folder, refused):
     before = contents(run_folder)
     options = finetune_options(shared_galaxy_folder, encoder_folder, run_folder, frozen_epochs=2)
-    assert "had another FrozenStageArguments" in refused(*options, "--resume")
+    assert "had another FrozenStageArguments.num_train_epochs;" in refused(*options, "--resume")
     same = finetune_options(shared_galaxy_folder, encoder_folder, run_folder)
-    assert "had another FrozenStageArguments" in refused(*same, "--resume", "--bf16")
+    assert "had another FrozenStageArguments.bf16, UnfrozenStageArguments.bf16" in refused(*same, "--resume", "--bf16")
     assert contents(run_folder) == before
 
 

@@ -442,7 +442,9 @@ def _fingerprint(
     galaxies = {
         name: [dataset[name]["id_str"][:], known.tolist()] for name, known in labels.items() if known is not None
     }
-    settings = {stage.__class__.__name__: stage.decisive for stage in arguments}
+    settings = {
+        f"{stage.__class__.__name__}.{name}": value for stage in arguments for name, value in stage.decisive.items()
+    }
     return {
         "encoder": model.config.encoder_name,
         "head": [model.config.head_type, model.config.head_hidden_size, model.config.head_dropout],
