@@ -185,7 +185,7 @@ def test_overwrite_starts_anew(run, tmp_path):
 
 def test_resuming_with_other_arguments_is_refused_by_name(run):
     run("out")
-    with pytest.raises(ValueError, match="had another FrozenStageArguments.learning_rate; resume"):
+    with pytest.raises(ValueError, match=r"had another FrozenStageArguments\.learning_rate; resume"):
         run("out", resume=True, frozen=FrozenStageArguments(**SETTINGS, learning_rate=0.5))
 
 

@@ -57,11 +57,11 @@ class WeightAverage(torch.optim.Optimizer):
             loss = super().step(closure)
         for parameter, start in starts.items():
             self.state[parameter]["other_weights"] = start
-        steps = self.param_groups[0].get("steps", 0) + 1
+        steps = self.param_groups[0].get("averaged_steps", 0) + 1
         means = [state["other_weights"] for state in self.state.values()]
         get_ema_multi_avg_fn(decay=steps / (steps + 2))(means, list(self.state), steps)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
-            group["steps"] = steps
+            group["averaged_steps"] = steps
         return loss
 
 
