@@ -292,3 +292,32 @@ def test_the_ring_galaxies_are_read():
     assert len(catalog) == 470
     assert catalog["ring"].value_counts().to_dict() == {1: 235, 0: 235}
     assert catalog["id_str"][0] == "J000411.19+020924.0"
+
+
+def test_a_logical_that_fits_does_not_know_is_a_missing_label(folder, table):
+    path = folder / "galaxies.fits"
+    columns = [
+        fits.Column("id_str", "20A", array=table["id_str"]),
+        fits.Column("file_loc", "5A", array=table["file_loc"]),
+        fits.Column("ring", "L", array=[True, False, False]),
+    ]
+    fits.BinTableHDU.from_columns(columns).writeto(path)
+    content = bytearray(path.read_bytes())
+    place = content.rfind(b"2.png") + len("2.png")
+    assert content[place : place + 1] == b"F"
+    content[place] = 0
+    path.write_bytes(content)
+    assert read_catalog(path)["ring"].isna().tolist() == [False, False, True]
+    assert read_catalog(path)["ring"].tolist()[:2] == [True, False]
+    with pytest.raises(CatalogError, match=f"no label for 1 galaxy: '{re.escape(NAMES[2])}'"):
+        read_catalog(path, label_column="ring")
+
+
+@pytest.mark.parametrize("suffix", CATALOG_FORMATS)
+def test_letters_outside_ascii_are_written_and_read_back(suffix, folder, table):
+    table["id_str"] = ["gé0", "plain", "银河"]
+    table["kind"] = ["Sérsic", "", "bulge"]
+    write_catalog(table, folder / f"galaxies{suffix}")
+    catalog = read_catalog(folder / f"galaxies{suffix}")
+    assert catalog["id_str"].tolist() == ["gé0", "plain", "银河"]
+    assert catalog["kind"][0] == "Sérsic"

@@ -386,6 +386,26 @@ def test_a_column_that_the_hub_does_not_have_lists_what_is_there(hub):
         load_galaxy_dataset("user/rings", label_column="target")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([588017703996096547.0, 588017703996096554.0], "split 'train' has floating-point numbers in 'iauname'"),
+        (["g0", None], "split 'train' has no 'iauname' in 1 of 2 rows, the first of them row 2"),
+    ],
+)
+def test_names_that_tell_no_galaxies_apart_are_refused(names, message, hub):
+    split = make_hub_split([0, 1]).remove_columns("iauname").add_column("iauname", names)
+    hub(datasets.DatasetDict(train=split))
+    with pytest.raises(CatalogError, match=message):
+        load_galaxy_dataset("user/rings", **HUB_COLUMNS)
+
+
+def test_a_group_that_is_missing_is_refused():
+    dataset = datasets.Dataset.from_dict({"id_str": ["a", "b"], "label": [0, 1], "plate": ["p", None]})
+    with pytest.raises(ValueError, match="column 'plate' is empty in 1 of 2 rows"):
+        split_dataset(dataset, group_column="plate", seed=0)
+
+
 def test_rows_without_names_are_numbered(hub):
     split = make_hub_split([0, 1])
     hub(datasets.DatasetDict(train=split, test=split))

@@ -1,10 +1,13 @@
 import bz2
 import gzip
 import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from astropy.io import fits
+from astropy.io.fits.verify import VerifyWarning
 
 from zoobot_hf import ZoobotImageProcessor
 from zoobot_hf.data.images import UnreadableImageError, open_image
@@ -74,6 +77,39 @@ def test_damaged_files_are_named(tmp_path, values):
         open_image(gzip.compress(b"hello"))
     with pytest.raises(UnreadableImageError, match="a FITS file without an image"):
         open_image(saved(tmp_path, fits.PrimaryHDU(), name="empty.fits"))
+
+
+def test_damage_of_which_astropy_has_classes_of_its_own_is_named(tmp_path, values):
+    whole = saved(tmp_path, fits.PrimaryHDU(), fits.ImageHDU(values[0], name="SCI")).read_bytes()
+    place = whole.find(b"EXTNAME") + 10
+    card = whole[:place] + b"#!" + whole[place + 2 :]
+    data = (100 * np.tile(values[0], (8, 8))).astype(np.int32)
+    packed = saved(tmp_path, fits.PrimaryHDU(), fits.CompImageHDU(data), name="packed.fits.fz").read_bytes()
+    for damaged in (card, packed[:-2880] + bytes(2880)):
+        with pytest.raises(UnreadableImageError, match="it is damaged: "):
+            open_image(damaged)
+
+
+def test_what_astropy_warns_of_is_read_in_threads_too(tmp_path, values):
+    extension = fits.PrimaryHDU(values[0])
+    extension.header["BLANK"] = -999  # which floating-point images can't have
+    with pytest.warns(VerifyWarning):
+        path = saved(tmp_path, extension)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(open_image, [path] * 200))
+    assert warnings.filters == before
+    assert all(np.array_equal(planes["0"], values[0][::-1]) for planes in opened)
+
+
+def test_extensions_of_one_name_are_told_apart_by_their_versions(tmp_path, values):
+    extensions = [fits.ImageHDU(values[number], name="SCI", ver=number + 1) for number in range(2)]
+    planes = open_image(saved(tmp_path, fits.PrimaryHDU(), *extensions))
+    assert list(planes) == ["SCI,1", "SCI,2"]
+    np.testing.assert_array_equal(planes["SCI,1"], values[0][::-1])
+    twins = [fits.ImageHDU(values[number], name="SCI", ver=1) for number in range(2)]
+    with pytest.raises(UnreadableImageError, match="two extensions SCI,1"):
+        open_image(saved(tmp_path, fits.PrimaryHDU(), *twins, name="twins.fits"))
 
 
 def test_a_fits_bomb_is_not_unpacked(monkeypatch, tmp_path, values):

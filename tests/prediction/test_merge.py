@@ -82,6 +82,30 @@ def test_the_catalogs_columns_are_joined(survey_folder, galaxy_folder, expected,
     assert table["ring"].tolist() == list(galaxy_labels)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".vot"])
+def test_the_catalogs_columns_are_not_described_as_the_models(suffix, survey_folder, galaxy_folder, tmp_path):
+    whole = pd.read_csv(galaxy_folder / "catalog.csv")
+    # The first shard's twelve galaxies have no class, so that their column has no type.
+    whole.assign(smooth_fraction=0.5, agn=[None] * 12 + [True] * 28).to_parquet(galaxy_folder / "votes.parquet")
+    path = tmp_path / f"merged{suffix}"
+    merge_predictions(survey_folder, path, catalog=galaxy_folder / "votes.parquet")
+    if suffix == ".vot":
+        table = Table.read(path)
+        assert (table["smooth_fraction"].description, table["smooth_fraction"].unit) == (None, None)
+        return
+    schema = pq.read_schema(path)
+    assert not schema.field("smooth_fraction").metadata
+    assert schema.field("probability_ring").metadata
+    assert pd.read_parquet(path)["agn"].isna().sum() == 12
+
+
+def test_the_catalog_is_not_overwritten(survey_folder, galaxy_folder):
+    before = (galaxy_folder / "catalog.csv").read_bytes()
+    with pytest.raises(ValueError, match="the catalog itself, which would be lost"):
+        merge_predictions(survey_folder, galaxy_folder / "catalog.csv", catalog=galaxy_folder / "catalog.csv")
+    assert (galaxy_folder / "catalog.csv").read_bytes() == before
+
+
 def test_what_can_not_be_joined_is_named(survey_folder, galaxy_folder, tmp_path):
     whole = pd.read_csv(galaxy_folder / "catalog.csv")
     whole[1:].to_csv(galaxy_folder / "short.csv", index=False)

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from xml.parsers.expat import ExpatError
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
-from astropy.io.fits import VerifyError
-from astropy.table import Table
+from astropy.io import fits
+from astropy.table import MaskedColumn, Table
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ _READ_ERRORS = (
     EOFError,
     SyntaxError,
     ExpatError,
-    VerifyError,
+    fits.VerifyError,
     zlib.error,
 )
 
@@ -187,7 +189,7 @@ def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
         elif file_format == "parquet":
             table.to_parquet(partial_path, index=False)
         else:
-            _to_astropy(table).write(partial_path, format=file_format, overwrite=True)
+            _to_astropy(table, file_format=file_format).write(partial_path, format=file_format, overwrite=True)
         partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
@@ -251,6 +253,20 @@ def describe(values: Iterable[str]) -> str:
     return f"{len(names)} {noun}: {first_five}{', ...' if len(names) > 5 else ''}"
 
 
+def text_for_astropy(column: pd.Series, *, file_format: str) -> npt.NDArray[np.str_] | npt.NDArray[np.bytes_]:
+    """Text of a fixed width, which FITS and VOTable take, as they don't take Python objects.
+
+    For FITS, letters outside ASCII are encoded in UTF-8, which astropy reads there and refuses to write.
+
+    Args:
+        column: Text, or anything else whose text is wanted; what is missing becomes empty.
+        file_format: As in `CATALOG_FORMATS`.
+    """
+    text = column.astype(object).where(column.notna(), "").astype(str)
+    values = text.to_numpy(dtype=str)
+    return np.char.encode(values, "utf-8") if file_format == "fits" and not text.map(str.isascii).all() else values
+
+
 def _find_format(path: Path) -> str:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in CATALOG_FORMATS:
@@ -295,6 +311,8 @@ def _read_with_astropy(path: Path, *, file_format: str) -> pd.DataFrame:
     # VOTable identifiers can't hold the hyphens of Galaxy Zoo's column names; the names can.
     options = {"use_names_over_ids": True} if file_format == "votable" else {}
     table = Table.read(path, format=file_format, **options)
+    if file_format == "fits":
+        _mask_undefined_logicals(table, path)
     vector_columns = [name for name in table.colnames if len(table[name].shape) > 1]
     if vector_columns:
         logger.info("%s: columns with several values per row are left out: %s", path, ", ".join(vector_columns))
@@ -303,6 +321,20 @@ def _read_with_astropy(path: Path, *, file_format: str) -> pd.DataFrame:
     # Also turns the big-endian numbers of FITS into the machine's own, which pandas needs.
     catalog: pd.DataFrame = table.to_pandas(index=False)
     return catalog
+
+
+def _mask_undefined_logicals(table: Table, path: Path) -> None:
+    """FITS writes a logical value that is not known as a zero byte, which astropy takes for False."""
+    logicals = [name for name in table.colnames if table[name].dtype == bool and table[name].ndim == 1]
+    if not logicals:
+        return
+    with fits.open(path) as extensions:
+        stored = next(extension for extension in extensions if isinstance(extension, fits.BinTableHDU))
+        letters = stored.data.view(np.ndarray)
+        for name in logicals:
+            is_undefined = letters[name] == 0
+            if is_undefined.any():
+                table[name] = MaskedColumn(table[name], mask=is_undefined)
 
 
 def _check_columns(table: pd.DataFrame, *, path: Path, needed: list[str]) -> None:
@@ -375,12 +407,11 @@ def _name_classes_after_subfolders(folder: Path, *, locations: list[str]) -> lis
     return [part[0] for part in parts]
 
 
-def _to_astropy(table: pd.DataFrame) -> Table:
-    # Neither FITS nor VOTable takes Python objects; text of a fixed width they all do.
+def _to_astropy(table: pd.DataFrame, *, file_format: str) -> Table:
     columns = {
         name: table[name]
         if pd.api.types.is_numeric_dtype(table[name])
-        else table[name].astype(object).where(table[name].notna(), "").astype(str).to_numpy(dtype=str)
+        else text_for_astropy(table[name], file_format=file_format)
         for name in table.columns
     }
     numbers = Table.from_pandas(table[[name for name in columns if isinstance(columns[name], pd.Series)]])

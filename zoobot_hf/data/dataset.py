@@ -350,6 +350,8 @@ def _rename_columns(
     needed = [image_column, *keep_columns] if id_column is None else [id_column, image_column, *keep_columns]
     _check_columns(split.column_names, needed=needed)
     dataset = split.select_columns(needed)
+    if id_column is not None:
+        _check_identifiers(split, column=id_column, split_name=split_name)
     if id_column is None:
         dataset = dataset.add_column("id_str", [f"{split_name}-{row}" for row in range(len(split))])
     elif id_column != "id_str":
@@ -361,6 +363,21 @@ def _rename_columns(
     if not isinstance(dataset.features["image"], datasets.Image):
         dataset = dataset.cast_column("image", datasets.Image())
     return dataset
+
+
+def _check_identifiers(split: datasets.Dataset, *, column: str, split_name: str) -> None:
+    identifiers = split.select_columns([column]).to_pandas()[column]
+    if pd.api.types.is_float_dtype(identifiers):
+        raise CatalogError(
+            f"split {split_name!r} has floating-point numbers in {column!r}, which lose the last digits of a long "
+            "name; save the column as text or integers."
+        )
+    missing = identifiers.isna() | (identifiers.astype(str).str.strip() == "")
+    if missing.any():
+        raise CatalogError(
+            f"split {split_name!r} has no {column!r} in {missing.sum()} of {len(missing)} rows, the first of them row "
+            f"{int(missing.to_numpy().argmax()) + 1}; fill the column or leave these rows out."
+        )
 
 
 def _add_labels_to_splits(
@@ -521,8 +538,13 @@ def _check_fractions(**fractions: float) -> None:
 
 def _read_groups(split: datasets.Dataset, *, group_column: str) -> pd.Series:
     _check_columns(split.column_names, needed=[group_column])
-    groups: pd.Series = split.select_columns([group_column]).to_pandas()[group_column].astype(str)
-    return groups
+    groups: pd.Series = split.select_columns([group_column]).to_pandas()[group_column]
+    if groups.isna().any():
+        raise ValueError(
+            f"column {group_column!r} is empty in {groups.isna().sum()} of {len(groups)} rows, so that nothing says "
+            "which of them are the same galaxy; fill it."
+        )
+    return groups.astype(str)
 
 
 def _check_groups_are_disjoint(groups: Mapping[str, pd.Series]) -> None:

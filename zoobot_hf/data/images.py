@@ -5,9 +5,7 @@ import gzip
 import io
 import multiprocessing
 import os
-import warnings
-import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +18,6 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from astropy.io import fits
-from astropy.utils.exceptions import AstropyWarning
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image, UnidentifiedImageError
@@ -86,19 +83,24 @@ def _read_beginning(path: str | Path) -> bytes:
 def _open_fits(content: bytes) -> Planes:
     """The planes of a FITS file, float64, first row at the top, scaled by its BSCALE and BZERO.
 
-    A plane is called after its extension, or by the extension's number where it has no name; of a cube ":0", ":1" and
-    so on follow. What is BLANK becomes NaN.
+    A plane is called after its extension, with the version where several have the name, as in "SCI,2"; or by the
+    extension's number where it has no name; of a cube ":0", ":1" and so on follow. What is BLANK becomes NaN.
     """
+    planes: Planes = {}
     try:
         content = _decompress(content)
         if len(content) % 2880:  # FITS files are blocks of this length
             raise ValueError("it ends in the middle of a block")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", AstropyWarning)  # how astropy says that a file is truncated
-            warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
-            with fits.open(io.BytesIO(content), memmap=False) as extensions:
-                planes = dict(_read_planes(extensions))
-    except (AstropyWarning, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, zlib.error) as error:
+        # Where values are missing, astropy warns and then fails. Its warnings can't be turned into errors here, because
+        # Python's filters for them are the same in all threads.
+        with fits.open(io.BytesIO(content), memmap=False) as extensions:
+            for name, values in _read_planes(extensions):
+                if name in planes:
+                    raise ValueError(f"it has two extensions {name}")
+                planes[name] = values
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file, astropy and its codecs raise classes of their own too
         raise UnreadableImageError(f"it is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not planes:
         raise UnreadableImageError("it is a FITS file without an image")
@@ -119,6 +121,7 @@ def _decompress(content: bytes) -> bytes:
 
 
 def _read_planes(extensions: fits.HDUList) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+    names = Counter(extension.name for extension in extensions)
     for number, extension in enumerate(extensions):
         if not extension.is_image:
             continue
@@ -127,7 +130,10 @@ def _read_planes(extensions: fits.HDUList) -> Iterator[tuple[str, npt.NDArray[np
         if not 2 <= len([length for length in extension.shape if length != 1]) <= 3:
             continue
         values = np.squeeze(np.asarray(extension.data, dtype=np.float64))[..., ::-1, :]
-        name = str(number) if extension.name in ("", "PRIMARY", "COMPRESSED_IMAGE") else extension.name
+        if extension.name in ("", "PRIMARY", "COMPRESSED_IMAGE"):
+            name = str(number)
+        else:
+            name = extension.name if names[extension.name] == 1 else f"{extension.name},{extension.ver}"
         if values.ndim == 2:
             yield name, values
         else:
@@ -282,6 +288,8 @@ def find_unreadable_images(dataset: Dataset, *, description: str = "checking ima
 
     def describe(index: int) -> dict[str, str] | None:
         row = undecoded[index]
+        if row["image"] is None:
+            return {"id_str": row["id_str"], "file_loc": "", "reason": "there is no image"}
         try:
             open_image(row["image"]["bytes"] if row["image"]["bytes"] is not None else row["image"]["path"])
         except UnreadableImageError as error:

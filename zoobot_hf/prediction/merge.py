@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from astropy.io import fits, votable
 from astropy.io.votable.tree import Info
 from astropy.table import Table
 
-from zoobot_hf.data.catalog import CATALOG_FORMATS, CatalogError, describe, read_catalog
+from zoobot_hf.data.catalog import CATALOG_FORMATS, CatalogError, describe, read_catalog, text_for_astropy
 from zoobot_hf.evaluation.vote_tables import advanced_table, friendly_table
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 
@@ -40,12 +40,13 @@ def merge_predictions(
         path: Where to. The suffix says the format: `.parquet`, `.csv`, `.fits` or `.vot`.
         table: "predictions" as they are; of a decision tree's model also "friendly" or "advanced": see
             `friendly_table` and `advanced_table`.
-        catalog: A catalog whose columns are joined by `id_str`, read whole; none when absent.
+        catalog: A catalog whose columns are joined by `id_str`, read whole, without their units and descriptions; none
+            when absent.
 
     Raises:
         SurveyError: The folder holds no finished predictions, or a damaged file of them.
         CatalogError: The suffix is unknown; the catalog lacks a galaxy, or has a column of the same name.
-        ValueError: A table that isn't known, or that the model hasn't.
+        ValueError: A table that isn't known, or that the model hasn't; the path is the catalog's.
     """
     path, folder = Path(path), Path(folder)
     file_format = CATALOG_FORMATS.get(path.suffix.lower(), "")
@@ -53,6 +54,8 @@ def merge_predictions(
         raise CatalogError(f"path {path} has the suffix {path.suffix!r}; choose .parquet, .csv, .fits or .vot.")
     if table not in TABLES:
         raise ValueError(f"table is {table!r}; choose one of {', '.join(TABLES)}.")
+    if catalog is not None and path.resolve() == Path(catalog).resolve():
+        raise ValueError(f"path is {path}, the catalog itself, which would be lost; choose another file.")
     manifest = _read_finished(folder)
     joined = None if catalog is None else read_catalog(catalog, images_must_exist=False).set_index("id_str")
     pieces = _read_pieces(folder, manifest, table=table, joined=joined)
@@ -64,11 +67,12 @@ def merge_predictions(
     }
     with whole_file(path) as partial:
         if file_format == "parquet":
-            return _write_parquet(pieces, partial, facts)
+            return _write_parquet(pieces, partial, facts, joined=joined)
         if file_format == "csv":
             return _write_csv(pieces, partial)
         whole = pd.concat(list(pieces), ignore_index=True)
-        _write_with_astropy(whole, partial, facts, file_format=file_format)
+        of_catalog = [] if joined is None else list(joined.columns)
+        _write_with_astropy(whole, partial, facts, of_catalog=of_catalog, file_format=file_format)
         return len(whole)
 
 
@@ -110,13 +114,18 @@ def _join(piece: pd.DataFrame, catalog: pd.DataFrame) -> pd.DataFrame:
     return piece.join(catalog, on="id_str")
 
 
-def _write_parquet(pieces: Iterator[pd.DataFrame], path: Path, facts: dict[str, str]) -> int:
+def _write_parquet(
+    pieces: Iterator[pd.DataFrame], path: Path, facts: dict[str, str], *, joined: pd.DataFrame | None
+) -> int:
     first = next(pieces)
-    schema = pa.Schema.from_pandas(first, preserve_index=False)
+    own = first if joined is None else first.drop(columns=joined.columns)
     fields = [
         field.with_metadata({"description": describe_column(field.name)}) if describe_column(field.name) else field
-        for field in schema
+        for field in pa.Schema.from_pandas(own, preserve_index=False)
     ]
+    if joined is not None:
+        # From the whole catalog: in the first piece a column may be empty.
+        fields += pa.Schema.from_pandas(joined, preserve_index=False)
     schema = pa.schema(fields, metadata={"zoobot_hf": json.dumps(facts)})
     count = 0
     with pq.ParquetWriter(path, schema) as writer:
@@ -135,16 +144,17 @@ def _write_csv(pieces: Iterator[pd.DataFrame], path: Path) -> int:
     return count
 
 
-def _write_with_astropy(whole: pd.DataFrame, path: Path, facts: dict[str, str], *, file_format: str) -> None:
+def _write_with_astropy(
+    whole: pd.DataFrame, path: Path, facts: dict[str, str], *, of_catalog: Collection[str], file_format: str
+) -> None:
     table = Table(meta=facts if file_format == "fits" else {})
     for name in whole.columns:
         column = whole[name]
         is_number = pd.api.types.is_numeric_dtype(column)
-        # Neither FITS nor VOTable takes Python objects; text of a fixed width they both do.
-        text = None if is_number else column.astype(object).where(column.notna(), "").astype(str)
-        table[name] = column.to_numpy() if text is None else text.to_numpy(dtype=str)
-        table[name].description = describe_column(str(name)) or None
-        if describe_column(str(name)) and pd.api.types.is_float_dtype(column):
+        table[name] = column.to_numpy() if is_number else text_for_astropy(column, file_format=file_format)
+        description = "" if name in of_catalog else describe_column(str(name))
+        table[name].description = description or None
+        if description and pd.api.types.is_float_dtype(column):
             table[name].unit = units.dimensionless_unscaled
     if file_format == "fits":
         table.write(path, format="fits", overwrite=True)

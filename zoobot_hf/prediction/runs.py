@@ -169,6 +169,9 @@ def run_shards(
         SurveyError: A shard is of another model or catalog, or there are too many failures.
         OSError: No space left, or no right to write; finished shards stay.
     """
+    if retry_failures and manifest["finished"] and PartialState().is_main_process:
+        # Until the end of this run its failures are not those of the table.
+        _write_manifest(folder / "manifest.json", {**manifest, "finished": False})
     _Run(folder, manifest, retry=retry_failures, most=max_failures).write(work, parts)
 
 

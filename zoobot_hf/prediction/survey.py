@@ -7,6 +7,7 @@ batch, so that the table does not depend on how many processes there were, or ho
 """
 
 import functools
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -130,8 +131,13 @@ def hash_model(model: Classifier) -> str:
     Args:
         model: The model.
     """
-    # The configuration has the calibration, the prevalences and the threshold.
-    return hash_text(model.config.to_json_string(use_diff=False), hash_weights(model))
+    # The configuration has the calibration, the prevalences and the threshold; and what differs from one loading of the
+    # same model to the next.
+    settings = json.loads(model.config.to_json_string(use_diff=False))
+    for part in (settings, settings["encoder_config"] or {}):
+        for name in ("dtype", "transformers_version"):
+            part.pop(name, None)
+    return hash_text(json.dumps(settings, sort_keys=True), hash_weights(model))
 
 
 def arrow_table(table: pd.DataFrame) -> pa.Table:
