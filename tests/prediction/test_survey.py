@@ -13,7 +13,7 @@ import pytest
 from astropy.io import fits
 from PIL import Image
 
-from zoobot_hf import predict_galaxies, read_galaxies
+from zoobot_hf import ZoobotForImageClassification, predict_galaxies, read_galaxies
 from zoobot_hf.data.catalog import CatalogError
 from zoobot_hf.data.images import open_image
 from zoobot_hf.prediction import galaxies, runs, shards
@@ -190,6 +190,36 @@ def test_failures_are_tried_again_when_asked(predict, galaxy_folder, tmp_path):
         ["galaxy_38", str(galaxy_folder / "images/galaxy_38.png"), "the file is empty"]
     ]
     pd.testing.assert_frame_equal(table, clean[clean["id_str"] != "galaxy_38"].reset_index(drop=True))
+
+
+def test_a_run_is_not_finished_while_its_failures_are_tried_again(predict, galaxy_folder, tmp_path, monkeypatch):
+    galaxy = galaxy_folder / "images/galaxy_00.png"
+    whole = galaxy.read_bytes()
+    galaxy.write_bytes(b"")
+    predict()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zoobot_hf.prediction.runs.write_shard", fail)
+        galaxy.write_bytes(whole)
+        with pytest.raises(OSError, match="no space left"):
+            predict(retry_failures=True)
+    assert not manifest_of(tmp_path / "out")["finished"]
+    assert predict(retry_failures=True)[0].failures == 0
+    assert manifest_of(tmp_path / "out")["finished"]
+
+
+def test_a_model_that_is_loaded_by_another_version_is_the_same_model(predict, layer_norm_model, tmp_path):
+    predict()
+    layer_norm_model.save_pretrained(tmp_path / "model")
+    loaded = ZoobotForImageClassification.from_pretrained(tmp_path / "model")
+    loaded.config.transformers_version = "5.99.0"
+    assert predict(model=loaded)[0].failures == 0
+    loaded.config.calibration_temperature = 2.0
+    with pytest.raises(SurveyError, match="another model"):
+        predict(model=loaded)
 
 
 def test_where_all_of_a_shard_fail_the_table_can_still_be_read(predict, galaxy_folder):

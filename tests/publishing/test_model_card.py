@@ -218,6 +218,12 @@ def test_text_is_not_escaped_as_html():
     assert "smooth & round" in render(labels=("smooth & round", "<other>"))
 
 
+def test_small_shares_and_scores_are_not_shown_as_zero():
+    text = render(**EVERYTHING | {"sky_prevalence": {"no ring": 0.99968, "ring": 0.00032}, "predictions_for": "sky"})
+    assert "| taken for the sky's | 1.000 | 0.00032 |" in text
+    assert "99.968% are no ring, 0.032% are ring" in text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 s"), (205, "3 min"), (3600, "1 h 0 min")])
 def test_times_are_easy_to_read(seconds, text):
     assert f"- training time: {text}\n" in render(training_seconds=seconds)

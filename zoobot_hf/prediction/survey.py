@@ -135,7 +135,7 @@ def hash_model(model: Classifier) -> str:
     # same model to the next.
     settings = json.loads(model.config.to_json_string(use_diff=False))
     for part in (settings, settings["encoder_config"] or {}):
-        for name in ("dtype", "transformers_version"):
+        for name in ("architectures", "dtype", "transformers_version"):
             part.pop(name, None)
     return hash_text(json.dumps(settings, sort_keys=True), hash_weights(model))
 

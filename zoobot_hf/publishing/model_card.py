@@ -243,7 +243,8 @@ def _environment() -> Environment:
     )
     environment.filters["score"] = _score_to_show
     environment.filters["estimate"] = _estimate_to_show
-    environment.filters["percent"] = "{:.1%}".format
+    environment.filters["percent"] = _share_to_show
+    environment.filters["number"] = _number_to_show
     return environment
 
 
@@ -353,8 +354,24 @@ def _estimate_to_show(estimate: Any) -> str:
         return "-"
     value, low, high = estimate
     # Measured once for all galaxies, and so without an interval.
-    return _score_to_show(value) if not math.isfinite(low) else f"{value:.3f} ({low:.3f} to {high:.3f})"
+    if not math.isfinite(low):
+        return _score_to_show(value)
+    return f"{_number_to_show(value)} ({_number_to_show(low)} to {_number_to_show(high)})"
 
 
 def _score_to_show(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
+    return _number_to_show(value) if isinstance(value, int | float) and math.isfinite(value) else "-"
+
+
+def _number_to_show(value: float) -> str:
+    """Three decimals, or as many as show two digits: of rare galaxies, thresholds and purities are that small."""
+    return f"{value:.{_decimals(value, least=3)}f}"
+
+
+def _share_to_show(share: float) -> str:
+    """In percent, with one decimal or as many as show two digits of what it is away from 0 and from 100."""
+    return f"{share:.{_decimals(100 * min(share, 1 - share), least=1)}%}"
+
+
+def _decimals(value: float, *, least: int) -> int:
+    return max(least, 1 - math.floor(math.log10(abs(value)))) if value else least
