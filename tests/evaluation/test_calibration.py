@@ -470,3 +470,34 @@ def test_conformal_sets_refuse_what_does_not_fit():
         fit_conformal_thresholds([[0.5, 0.5]], [0], coverage=90)
     with pytest.raises(ValueError, match=r"thresholds are .* for 2 classes; give one for each"):
         conformal_sets([[0.5, 0.5]], [0.1, 0.2, 0.3])
+
+
+def overlapping_probabilities(count, share, *, assumed, seed):
+    """Galaxies of a rare class, whose evidence is one standard deviation away from the others'."""
+    generator = np.random.default_rng(seed)
+    evidence = generator.normal((generator.random(count) < share) * 1.0, 1) - 0.5
+    odds = np.exp(evidence) * assumed / (1 - assumed)
+    return np.stack([1 / (1 + odds), odds / (1 + odds)], axis=1)
+
+
+@pytest.mark.parametrize("assumed", [1e-6, 1e-5, 1e-3, 0.9])
+def test_a_prevalence_does_not_stay_where_it_was_assumed(assumed):
+    shares = [
+        estimate_prevalence(
+            overlapping_probabilities(20_000, 0.01, assumed=share, seed=5),
+            assumed_prevalence=[1 - share, share],
+            draws=2,
+        ).shares[1]
+        for share in (0.5, assumed)
+    ]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-3)
+    assert shares[0] > 1e-3
+
+
+def test_the_interval_of_a_class_that_seems_absent_does_not_end_there():
+    values = overlapping_probabilities(3000, 0.01, assumed=0.5, seed=20)
+    estimate = estimate_prevalence(values, assumed_prevalence=[0.5, 0.5])
+    share, low, high = estimate.prevalence[1]
+    assert share < 1e-3
+    assert low <= share
+    assert high > 5e-3

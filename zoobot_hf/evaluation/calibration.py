@@ -40,6 +40,7 @@ SPREAD_OF_SCALES = 0.5
 SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 SMALLEST_DOUBT = float(np.finfo(np.float32).eps) / 2  # a float32 probability of "1" says no more than this
 EM_TOLERANCE = 1e-7
+SMALLEST_START = 0.01  # a share that starts at 0 stays there
 EM_ROUNDS = 500
 TESTED_GALAXIES = 5000  # of a catalog, in the test of the assumption; beyond, the validation galaxies set the limit
 DOUBTFUL = 0.01  # p-value below which the assumption looks broken
@@ -583,27 +584,32 @@ def _maximise_expectation(ratios: Floats, start: Floats, *, weights: Floats | No
 
     Plain steps creep where classes overlap; SQUAREM (Varadhan & Roland 2008, Scandinavian Journal of Statistics 35,
     335) extrapolates two of them, and is dropped for a step where it does not raise the likelihood.
+
+    A step multiplies each share by its gain, so small shares move little wherever the maximum is. At the maximum none of
+    the gains is above 1, and what the mean log likelihood still lacks is at most the largest gain minus 1 (Lindsay 1983,
+    Annals of Statistics 11, 86): the rounds end with that.
     """
     shares_of_galaxies = np.full(len(ratios), 1 / len(ratios)) if weights is None else weights
-    # A share that starts at 0 stays there.
-    shares = np.clip(start, 1e-6, None) / np.clip(start, 1e-6, None).sum()
+    shares = np.clip(start, SMALLEST_START, None) / np.clip(start, SMALLEST_START, None).sum()
 
-    def step(old: Floats) -> tuple[Floats, float]:
+    def step(old: Floats) -> tuple[Floats, float, float]:
         totals = ratios @ old
-        return old * ((shares_of_galaxies / totals) @ ratios), float(shares_of_galaxies @ np.log(totals))
+        gains = (shares_of_galaxies / totals) @ ratios
+        return old * gains, float(shares_of_galaxies @ np.log(totals)), float(gains.max())
 
     for _ in range(EM_ROUNDS):
-        once, _ = step(shares)
-        twice, _ = step(once)
+        once, _, gain = step(shares)
+        twice, _, _ = step(once)
         change, curve = once - shares, twice - 2 * once + shares
         length = np.linalg.norm(curve)
-        if length < 1e-15 or np.abs(twice - shares).max() < EM_TOLERANCE:
+        if length < 1e-15 or (np.abs(twice - shares).max() < EM_TOLERANCE and gain < 1 + EM_TOLERANCE):
             return twice
         reach = np.linalg.norm(change) / length
-        far = np.clip(shares + 2 * reach * change + reach**2 * curve, 1e-12, None)
+        # Not as far as 0, from which no step leads back.
+        far = np.maximum(shares + 2 * reach * change + reach**2 * curve, 0.1 * twice)
         far /= far.sum()
-        after_far, likelihood_far = step(far)
-        _, likelihood_twice = step(twice)
+        after_far, likelihood_far, _ = step(far)
+        _, likelihood_twice, _ = step(twice)
         shares = after_far if likelihood_far >= likelihood_twice else twice
     return shares
 
