@@ -585,7 +585,7 @@ def _maximise_expectation(ratios: Floats, start: Floats, *, weights: Floats | No
     Plain steps creep where classes overlap; SQUAREM (Varadhan & Roland 2008, Scandinavian Journal of Statistics 35,
     335) extrapolates two of them, and is dropped for a step where it does not raise the likelihood.
 
-    A step multiplies each share by its gain, so small shares move little wherever the maximum is. At the maximum no gain
+    A step multiplies each share by its gain, so small ones move little wherever the maximum is. At the maximum no gain
     is above 1, and elsewhere the mean log likelihood lacks at most the largest gain minus 1 (Lindsay 1983, Annals of
     Statistics 11, 86): the rounds end with that.
     """
