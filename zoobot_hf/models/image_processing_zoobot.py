@@ -41,8 +41,8 @@ class ZoobotImageProcessor(BaseImageProcessor):
         image_mean: A mean for each channel, after rescaling.
         image_std: A standard deviation for each channel, after rescaling.
         fits_bands: For FITS images the names of the planes that become red, green and blue, or the one that becomes
-            grey: extension names, or numbers as text, with ":0", ":1", ... for the planes of a cube. Not needed where
-            a file has a single plane.
+            grey: extension names ("SCI,2" where several have the name), or numbers as text, with ":0", ":1", ... for
+            the planes of a cube. Not needed where a file has a single plane.
         fits_stretch: How FITS values become 0-255. "linear" cuts them at `fits_percentiles` and scales them to 0-1;
             "asinh" then takes asinh(x * `fits_softening`), which at 1 ends at 0.88 as galaxy-datasets has it for
             Zoobot (`fits_to_jpg_like_scaling`) and beyond 1.18, where it would exceed 1, is scaled to end there;
