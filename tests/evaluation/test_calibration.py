@@ -501,3 +501,11 @@ def test_the_interval_of_a_class_that_seems_absent_does_not_end_there():
     assert share < 1e-3
     assert low <= share
     assert high > 5e-3
+
+
+@pytest.mark.parametrize("assumed", [[1.0, 0.0], [0.7, 0.7]])
+def test_shares_that_are_none_are_refused(assumed):
+    with pytest.raises(ValueError, match="prevalence"):
+        estimate_prevalence([[0.5, 0.5], [0.3, 0.7]], assumed_prevalence=assumed)
+    with pytest.raises(ValueError, match="prevalence"):
+        prevalence_from_counts([1, 2], assumed_prevalence=assumed)

@@ -156,3 +156,11 @@ def test_completeness_along_a_column():
 def test_a_column_that_does_not_fit_is_refused(values, bins, message):
     with pytest.raises(ValueError, match=message):
         completeness_by_column(values, [0.5, 0.5], [0, 1], threshold=0.5, bins=bins)
+
+
+def test_of_thresholds_of_equal_purity_the_most_complete_is_chosen():
+    probability = np.linspace(0.05, 0.95, 20)
+    chosen = choose_threshold(probability, probability > 0.5, aim="completeness", at_least=0.5)
+    assert chosen.completeness.value == 1
+    assert chosen.purity.value == 1
+    assert chosen.threshold == pytest.approx(0.5)

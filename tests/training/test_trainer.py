@@ -259,6 +259,15 @@ def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(layer_norm_mod
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
+def test_without_evaluations_the_head_has_the_learning_rate_that_was_given(
+    layer_norm_model, galaxies, processor, tmp_path
+):
+    changes = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    arguments = frozen_arguments(tmp_path, learning_rate=0.1, **changes)
+    trainer = train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
+    assert trainer.grid_settings == ((1.0, 1.0),)
+
+
 def test_early_stopping_ends_the_stage(layer_norm_model, galaxies, processor, tmp_path):
     arguments = frozen_arguments(tmp_path, num_train_epochs=50, learning_rate=5.0, early_stopping_patience=2)
     trainer = train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)

@@ -301,6 +301,7 @@ def prevalence_from_counts(
             "galaxies with and without it."
         )
     check_confidence(confidence)
+    prevalence_shift(assumed_prevalence, assumed_prevalence, problem_type=problem_type)  # refuses shares that are none
     generator = np.random.default_rng(seed)
     if problem_type == SINGLE_LABEL:
         share_draws = generator.dirichlet(numbers + 0.5, size=draws)
@@ -474,6 +475,8 @@ def _parts(
     """The scores of each set of classes that exclude each other, with the shares that they are right for."""
     if assumed is not None and len(assumed) != scores.shape[1]:
         raise ValueError(f"the prevalence has {len(assumed)} shares for {scores.shape[1]} labels; give one for each.")
+    if assumed is not None:
+        prevalence_shift(assumed, assumed, problem_type=problem_type)  # refuses shares that are none
     if problem_type == SINGLE_LABEL:
         return [(scores, assumed)]
     columns = [np.stack([np.zeros(len(scores)), column], axis=1) for column in scores.T]

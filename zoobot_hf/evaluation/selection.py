@@ -150,7 +150,10 @@ def choose_threshold(
         allowed = reached >= float(at_least or 0) - 1e-12
         if not allowed.any():
             raise ValueError(_what_can_be(curve, at_least, share))
-        best, words = int(np.where(allowed, other, -1).argmax()), f"{aim} of at least {at_least:g}"
+        values = np.where(allowed, other, -1)
+        # Thresholds fall along the curve: of equal ones the first has the highest purity, the last most galaxies.
+        best = int(values.argmax()) if aim == "purity" else len(values) - 1 - int(values[::-1].argmax())
+        words = f"{aim} of at least {at_least:g}"
     selection = measure_selection(
         probability, has_label, threshold=float(curve.thresholds[best]), prevalence=share, confidence=confidence
     )

@@ -220,10 +220,17 @@ def write_cross_validation(
     write_json(folder / "out_of_fold.json", facts)
     plot_doubtful_labels(result.doubtful, galaxies, folder / "label_audit.png")
     names = galaxies.features["label"].names
-    columns = zip(names, probability_columns(names), strict=True)
-    for name, column in list(columns)[-1 if len(names) == 2 else 0 :]:
-        has_label, end = result.table["label"] == name, "" if len(names) == 2 else column.removeprefix("probability")
-        given = (result.table[column], has_label)
+    labels = result.table["label"]
+    # The figures draw these galaxies as they are, so the probabilities have to be for them and not for the sky.
+    here = probabilities_at_prevalence(
+        result.probabilities,
+        assumed_prevalence=[result.sky_prevalence[name] for name in names],
+        prevalence=[float((labels == name).mean()) for name in names],
+    )
+    columns = list(enumerate(zip(names, probability_columns(names), strict=True)))
+    for number, (name, column) in columns[-1 if len(names) == 2 else 0 :]:
+        end = "" if len(names) == 2 else column.removeprefix("probability")
+        given = (here[:, number], labels == name)
         plot_reliability(*given, folder / f"reliability{end}.png", label=name, population="Out of fold")
         plot_roc_and_precision_recall(*given, folder / f"roc{end}.png", label=name)
     return sorted(folder.iterdir())

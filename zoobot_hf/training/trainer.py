@@ -274,9 +274,10 @@ class FrozenStageTrainer(_StageTrainer):
         images = self.train_dataset
         embeddings = self._embeddings(images, views=self._views())
         self._enlarge_batches(len(embeddings))
-        # Without validation nothing could choose between heads.
+        # Without evaluations nothing could choose between heads.
         grid_settings = GRID_OF_VOTES if isinstance(self.classifier, ZoobotForGalaxyZoo) else GRID
-        self.grid_settings = grid_settings if self.eval_dataset is not None else ((1.0, 1.0),)
+        is_judged = self.eval_dataset is not None and self.args.eval_strategy != "no"
+        self.grid_settings = grid_settings if is_judged else ((1.0, 1.0),)
         grid = HeadGrid(self.classifier, embeddings, count=len(self.grid_settings))
         self.optimizer = self.lr_scheduler = None
         self.train_dataset, self.model, self.model_wrapped = embeddings, grid, grid
