@@ -213,3 +213,18 @@ def test_too_few_galaxies_for_the_folds_are_refused(validate, galaxies):
         validate(dataset=few, folds=4)
     with pytest.raises(ValueError, match="class 'ring' has 2 galaxies, fewer than the 3 folds"):
         validate(dataset=few.select(range(22)), folds=2)
+
+
+def test_the_figures_are_for_the_galaxies_that_are_drawn(validate, galaxies, tmp_path, monkeypatch):
+    result = validate(sky_prevalence={"ring": 0.05})
+    drawn = {}
+    for name in ("plot_reliability", "plot_roc_and_precision_recall"):
+        monkeypatch.setattr(cross_validation, name, lambda *given, name=name, **_: drawn.update({name: given}))
+    write_cross_validation(result, galaxies, tmp_path / "out")
+    own = np.bincount(galaxies["label"][:]) / len(galaxies)
+    expected = probabilities_at_prevalence(result.probabilities, assumed_prevalence=[0.95, 0.05], prevalence=own)
+    for probabilities, has_label, *_ in drawn.values():
+        np.testing.assert_allclose(probabilities, expected[:, 1])
+        assert has_label.tolist() == (result.table["label"] == "ring").tolist()
+    assert len(drawn) == 2
+    assert np.abs(expected[:, 1] - result.probabilities[:, 1]).max() > 0.1
