@@ -107,6 +107,8 @@ def test_extensions_of_one_name_are_told_apart_by_their_versions(tmp_path, value
     planes = open_image(saved(tmp_path, fits.PrimaryHDU(), *extensions))
     assert list(planes) == ["SCI,1", "SCI,2"]
     np.testing.assert_array_equal(planes["SCI,1"], values[0][::-1])
+    table = fits.BinTableHDU.from_columns([fits.Column("a", "D", array=[1.0])], name="SCI")
+    assert list(open_image(saved(tmp_path, fits.PrimaryHDU(), extensions[0], table, name="table.fits"))) == ["SCI"]
     twins = [fits.ImageHDU(values[number], name="SCI", ver=1) for number in range(2)]
     with pytest.raises(UnreadableImageError, match="two extensions SCI,1"):
         open_image(saved(tmp_path, fits.PrimaryHDU(), *twins, name="twins.fits"))

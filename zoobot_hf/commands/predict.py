@@ -7,7 +7,13 @@ from pathlib import Path
 import pandas as pd
 from accelerate import PartialState
 
-from ..data.catalog import check_catalog_can_be_written, find_catalog, read_galaxies, write_catalog
+from ..data.catalog import (
+    check_catalog_can_be_written,
+    check_catalog_is_kept,
+    find_catalog,
+    read_galaxies,
+    write_catalog,
+)
 from ..evaluation.vote_tables import advanced_table, friendly_table
 from ..models.configuration_zoobot import PREVALENCES, ZoobotConfig
 from ..prediction.embeddings import predict_embeddings
@@ -161,5 +167,5 @@ def _check_tables(images: Path, *tables: Path) -> None:
     catalog_path = find_catalog(images) if images.is_dir() else images
     for path in tables:
         check_catalog_can_be_written(path)
-        if catalog_path is not None and path.resolve() == catalog_path.resolve():
-            raise ValueError(f"output is {path}, the catalog itself, which would be lost; choose another file.")
+        if catalog_path is not None:
+            check_catalog_is_kept(catalog_path, output=path)

@@ -87,10 +87,10 @@ def read_catalog(path: str | Path, *, label_column: str | None = None, images_mu
     if table.empty:
         raise CatalogError(f"catalog {path} has no rows; it needs one for each galaxy.")
     table = table.reset_index(drop=True).assign(
-        id_str=_as_text(table["id_str"].reset_index(drop=True), path=path),
+        id_str=read_names(table["id_str"].reset_index(drop=True), source=f"catalog {path}"),
         file_loc=[
             os.path.join(path.parent, location)
-            for location in _as_text(table["file_loc"].reset_index(drop=True), path=path)
+            for location in read_names(table["file_loc"].reset_index(drop=True), source=f"catalog {path}")
         ],
     )
     _check_identifiers_are_unique(table["id_str"], path=path)
@@ -253,6 +253,46 @@ def describe(values: Iterable[str]) -> str:
     return f"{len(names)} {noun}: {first_five}{', ...' if len(names) > 5 else ''}"
 
 
+def read_names(column: pd.Series, *, source: str) -> pd.Series:
+    """A column of names as text without blanks around it.
+
+    Args:
+        column: Text, bytes or integers, with the index 0, 1, ....
+        source: What the column is of, for the message: "catalog galaxies.csv".
+
+    Raises:
+        CatalogError: It holds floating-point numbers, or a name is missing.
+    """
+    if pd.api.types.is_float_dtype(column) and column.notna().all() and len(column):
+        raise CatalogError(
+            f"{source} has floating-point numbers in {column.name!r}, for example {column.iloc[0]!r}, "
+            "which lose the last digits of a long name; save the column as text or integers."
+        )
+    text = column.map(lambda value: value.decode() if isinstance(value, bytes) else str(value), na_action="ignore")
+    text = text.astype(object).where(text.notna(), "").astype(str).str.strip()
+    missing = text == ""
+    if missing.any():
+        raise CatalogError(
+            f"{source} has no {column.name!r} in {missing.sum()} of {len(text)} rows, the first of them row "
+            f"{int(missing.to_numpy().argmax()) + 1}; fill the column or leave these rows out."
+        )
+    return text
+
+
+def check_catalog_is_kept(catalog: Path, *, output: Path) -> None:
+    """Nothing, if an output is another file than the catalog that it is made from.
+
+    Args:
+        catalog: The catalog's path.
+        output: The output's.
+
+    Raises:
+        CatalogError: They are the same file.
+    """
+    if output.resolve() == catalog.resolve():
+        raise CatalogError(f"output is {output}, the catalog itself, which would be lost; choose another file.")
+
+
 def text_for_astropy(column: pd.Series, *, file_format: str) -> npt.NDArray[np.str_] | npt.NDArray[np.bytes_]:
     """Text of a fixed width, which FITS and VOTable take, as they don't take Python objects.
 
@@ -344,23 +384,6 @@ def _check_columns(table: pd.DataFrame, *, path: Path, needed: list[str]) -> Non
             f"catalog {path} has no column {', '.join(map(repr, missing))}; its columns are "
             f"{', '.join(map(repr, table.columns))}. Rename a column or name another one."
         )
-
-
-def _as_text(column: pd.Series, *, path: Path) -> pd.Series:
-    if pd.api.types.is_float_dtype(column) and column.notna().all():
-        raise CatalogError(
-            f"catalog {path} has floating-point numbers in {column.name!r}, for example {column.iloc[0]!r}, "
-            "which lose the last digits of a long name; save the column as text or integers."
-        )
-    text = column.map(lambda value: value.decode() if isinstance(value, bytes) else str(value), na_action="ignore")
-    text = text.astype(object).where(text.notna(), "").astype(str).str.strip()
-    missing = text == ""
-    if missing.any():
-        raise CatalogError(
-            f"catalog {path} has no {column.name!r} in {missing.sum()} of {len(text)} rows, the first of them row "
-            f"{int(missing.to_numpy().argmax()) + 1}; fill the column or leave these rows out."
-        )
-    return text
 
 
 def _check_identifiers_are_unique(identifiers: pd.Series, *, path: Path) -> None:

@@ -23,6 +23,7 @@ from zoobot_hf.data.catalog import (
     find_catalog,
     read_galaxies,
     read_image_folder,
+    read_names,
 )
 from zoobot_hf.data.decision_tree import DecisionTree
 
@@ -350,11 +351,11 @@ def _rename_columns(
     needed = [image_column, *keep_columns] if id_column is None else [id_column, image_column, *keep_columns]
     _check_columns(split.column_names, needed=needed)
     dataset = split.select_columns(needed)
-    if id_column is not None:
-        _check_identifiers(split, column=id_column, split_name=split_name)
     if id_column is None:
         dataset = dataset.add_column("id_str", [f"{split_name}-{row}" for row in range(len(split))])
-    elif id_column != "id_str":
+    else:
+        read_names(split.select_columns([id_column]).to_pandas()[id_column], source=f"split {split_name!r}")
+    if id_column not in (None, "id_str"):
         dataset = dataset.rename_column(id_column, "id_str")
     if image_column != "image":
         dataset = dataset.rename_column(image_column, "image")
@@ -363,21 +364,6 @@ def _rename_columns(
     if not isinstance(dataset.features["image"], datasets.Image):
         dataset = dataset.cast_column("image", datasets.Image())
     return dataset
-
-
-def _check_identifiers(split: datasets.Dataset, *, column: str, split_name: str) -> None:
-    identifiers = split.select_columns([column]).to_pandas()[column]
-    if pd.api.types.is_float_dtype(identifiers):
-        raise CatalogError(
-            f"split {split_name!r} has floating-point numbers in {column!r}, which lose the last digits of a long "
-            "name; save the column as text or integers."
-        )
-    missing = identifiers.isna() | (identifiers.astype(str).str.strip() == "")
-    if missing.any():
-        raise CatalogError(
-            f"split {split_name!r} has no {column!r} in {missing.sum()} of {len(missing)} rows, the first of them row "
-            f"{int(missing.to_numpy().argmax()) + 1}; fill the column or leave these rows out."
-        )
 
 
 def _add_labels_to_splits(

@@ -121,7 +121,7 @@ def _decompress(content: bytes) -> bytes:
 
 
 def _read_planes(extensions: fits.HDUList) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
-    names = Counter(extension.name for extension in extensions)
+    names = Counter(extension.name for extension in extensions if extension.is_image)
     for number, extension in enumerate(extensions):
         if not extension.is_image:
             continue

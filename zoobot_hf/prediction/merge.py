@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from astropy.io import fits, votable
 from astropy.io.votable.tree import Info
 from astropy.table import Table
 
-from zoobot_hf.data.catalog import CATALOG_FORMATS, CatalogError, describe, read_catalog, text_for_astropy
+from zoobot_hf.data.catalog import (
+    CATALOG_FORMATS,
+    CatalogError,
+    check_catalog_is_kept,
+    describe,
+    read_catalog,
+    text_for_astropy,
+)
 from zoobot_hf.evaluation.vote_tables import advanced_table, friendly_table
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 
@@ -45,8 +52,9 @@ def merge_predictions(
 
     Raises:
         SurveyError: The folder holds no finished predictions, or a damaged file of them.
-        CatalogError: The suffix is unknown; the catalog lacks a galaxy, or has a column of the same name.
-        ValueError: A table that isn't known, or that the model hasn't; the path is the catalog's.
+        CatalogError: The suffix is unknown; the catalog lacks a galaxy, or has a column of the same name; the path is
+            the catalog's.
+        ValueError: A table that isn't known, or that the model hasn't.
     """
     path, folder = Path(path), Path(folder)
     file_format = CATALOG_FORMATS.get(path.suffix.lower(), "")
@@ -54,8 +62,8 @@ def merge_predictions(
         raise CatalogError(f"path {path} has the suffix {path.suffix!r}; choose .parquet, .csv, .fits or .vot.")
     if table not in TABLES:
         raise ValueError(f"table is {table!r}; choose one of {', '.join(TABLES)}.")
-    if catalog is not None and path.resolve() == Path(catalog).resolve():
-        raise ValueError(f"path is {path}, the catalog itself, which would be lost; choose another file.")
+    if catalog is not None:
+        check_catalog_is_kept(Path(catalog), output=path)
     manifest = _read_finished(folder)
     joined = None if catalog is None else read_catalog(catalog, images_must_exist=False).set_index("id_str")
     pieces = _read_pieces(folder, manifest, table=table, joined=joined)
@@ -71,8 +79,7 @@ def merge_predictions(
         if file_format == "csv":
             return _write_csv(pieces, partial)
         whole = pd.concat(list(pieces), ignore_index=True)
-        of_catalog = [] if joined is None else list(joined.columns)
-        _write_with_astropy(whole, partial, facts, of_catalog=of_catalog, file_format=file_format)
+        _write_with_astropy(whole, partial, facts, joined=joined, file_format=file_format)
         return len(whole)
 
 
@@ -145,14 +152,15 @@ def _write_csv(pieces: Iterator[pd.DataFrame], path: Path) -> int:
 
 
 def _write_with_astropy(
-    whole: pd.DataFrame, path: Path, facts: dict[str, str], *, of_catalog: Collection[str], file_format: str
+    whole: pd.DataFrame, path: Path, facts: dict[str, str], *, joined: pd.DataFrame | None, file_format: str
 ) -> None:
     table = Table(meta=facts if file_format == "fits" else {})
     for name in whole.columns:
         column = whole[name]
         is_number = pd.api.types.is_numeric_dtype(column)
         table[name] = column.to_numpy() if is_number else text_for_astropy(column, file_format=file_format)
-        description = "" if name in of_catalog else describe_column(str(name))
+        is_own = joined is None or name not in joined.columns
+        description = describe_column(str(name)) if is_own else ""
         table[name].description = description or None
         if description and pd.api.types.is_float_dtype(column):
             table[name].unit = units.dimensionless_unscaled

@@ -374,4 +374,4 @@ def _share_to_show(share: float) -> str:
 
 
 def _decimals(value: float, *, least: int) -> int:
-    return max(least, 1 - math.floor(math.log10(abs(value)))) if value else least
+    return max(least, 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else least
