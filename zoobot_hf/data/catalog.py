@@ -265,7 +265,7 @@ def read_names(column: pd.Series, *, source: str) -> pd.Series:
     """
     if pd.api.types.is_float_dtype(column) and column.notna().all() and len(column):
         raise CatalogError(
-            f"{source} has floating-point numbers in {column.name!r}, for example {column.iloc[0]!r}, "
+            f"{source} has floating-point numbers in {column.name!r}, for example {column.iloc[0]}, "
             "which lose the last digits of a long name; save the column as text or integers."
         )
     text = column.map(lambda value: value.decode() if isinstance(value, bytes) else str(value), na_action="ignore")
