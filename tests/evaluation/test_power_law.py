@@ -35,6 +35,7 @@ def test_the_labels_for_an_error_by_hand():
     law = PowerLaw(0.1, 1.0, 0.5)
     assert law.labels_for(0.2) == pytest.approx(100)
     assert law.labels_for(0.1) == math.inf
+    assert PowerLaw(0.1, 0.5, 0.001).labels_for(0.2) == math.inf  # 5 ** 1000
 
 
 def runs(law, *, noise, seeds=20):

@@ -103,6 +103,11 @@ def test_coverage_by_hand():
     assert coverage["vote_interval_coverage_bar"] == pytest.approx(1.0)
 
 
+def test_a_count_that_the_model_thinks_impossible_is_outside():
+    coverage = compute(VoteIntervalCoverage, [[1, 1e5, 50, 50]], [[2000, 0, 0, 0]])
+    assert coverage["vote_interval_coverage_shape"] == 0
+
+
 def test_true_probabilities_are_inside_nine_tenths_of_the_intervals():
     concentrations, _, probabilities = draw(np.random.default_rng(0), galaxies=4000, volunteers=1)
     probabilities[:1000, 2:] = NAN

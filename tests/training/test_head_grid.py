@@ -3,6 +3,7 @@ import torch
 from transformers import ConvNextConfig
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification
+from zoobot_hf.models.heads import head_loss
 from zoobot_hf.training import head_grid
 from zoobot_hf.training.embedding_cache import Stored, StoredEmbeddings
 from zoobot_hf.training.head_grid import HeadGrid
@@ -71,6 +72,23 @@ def test_the_head_of_lowest_validation_loss_wins(layer_norm_model):
         grid.heads[1][-1].bias.fill_(torch.nan)
     grid.choose_winner([stored])
     assert int(grid.winning_head) == 2
+
+
+def test_every_known_label_counts_the_same_in_the_choice_of_a_head(monkeypatch):
+    monkeypatch.setattr(head_grid, "ROWS_AT_ONCE", 4)
+    # Of the second label four galaxies are known, all 1, in the last batch; of the first all, half of them 0.
+    labels = torch.stack([torch.arange(40) % 2, torch.full((40,), torch.nan)], dim=1)
+    labels[36:] = torch.tensor([1.0, 1.0])
+    stored = make_embeddings(views=1)
+    stored = StoredEmbeddings(Stored(stored.values, stored.rows, "key"), labels)
+    model = make_model(problem_type="multi_label_classification")
+    grid = HeadGrid(model, stored, count=2)
+    with torch.no_grad():
+        grid.heads[0][-1].bias.copy_(torch.tensor([-0.75, 0.0]))
+        grid.heads[1][-1].bias.copy_(torch.tensor([0.0, -2.0]))
+        losses = [head_loss(head(stored.values[:, 0] * 0), labels, model.config, training=False) for head in grid.heads]
+    grid.choose_winner([stored])
+    assert int(grid.winning_head) == int(torch.stack(losses).argmin())
 
 
 def test_a_new_head_is_the_mean_of_the_winner_and_a_logistic_regression():

@@ -18,10 +18,13 @@ from zoobot_hf import (
 )
 from zoobot_hf.data.images import UnreadableImageError
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
+from zoobot_hf.models.heads import head_loss
 from zoobot_hf.training.augmentation import augment_galaxies
 from zoobot_hf.training.embedding_cache import compute_embeddings, list_cache
 from zoobot_hf.training.machine import InferenceRunner
 from zoobot_hf.training.trainer import GalaxyCollator, layer_decay_groups
+
+NAN = float("nan")
 
 
 @pytest.fixture
@@ -217,6 +220,55 @@ def test_the_weights_of_lower_loss_are_logged_saved_and_kept(layer_norm_model, g
         saved = ZoobotForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}")
         layer_norm_model.load_state_dict(saved.state_dict())
         assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [3, 7, 40])
+@pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "multi_label_classification", "class_weights": [1.0, 19.0]},
+        {"problem_type": "regression"},
+        {"class_weights": [1.0, 19.0]},
+    ],
+)
+def test_the_validation_loss_is_that_of_all_galaxies_together(
+    changes, trainer_class, batch, layer_norm_model, galaxies, processor, tmp_path
+):
+    model = layer_norm_model
+    model.config.update(changes)
+    model.head[-1].weight.data.normal_()
+    if model.config.problem_type != "single_label_classification":
+        labels = [[number % 2, NAN] for number in range(32)] + [[0.0, 1.0]] * 4 + [[NAN, NAN]] * 4
+        galaxies = galaxies.remove_columns("label").add_column("label", labels)
+    arguments = frozen_arguments if trainer_class is FrozenStageTrainer else unfrozen_arguments
+    settings = arguments(tmp_path, per_device_eval_batch_size=batch)
+    trainer = trainer_class(model, settings, processing_class=processor, eval_dataset=galaxies)
+    logits = trainer.predict(galaxies).predictions
+    together = head_loss(torch.tensor(logits), torch.tensor(galaxies["label"][:]), model.config, training=False)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(together.item(), rel=1e-5)
+
+
+def test_a_loss_of_the_users_own_is_averaged_as_trainer_does(layer_norm_model, galaxies, processor, tmp_path):
+    layer_norm_model.config.class_weights = [1.0, 19.0]
+    trainer = UnfrozenStageTrainer(
+        layer_norm_model,
+        unfrozen_arguments(tmp_path, per_device_eval_batch_size=3),
+        processing_class=processor,
+        eval_dataset=galaxies,
+        compute_loss_func=lambda outputs, labels, **_: labels.float().mean(),
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(galaxies["label"]) / len(galaxies))
+
+
+def test_validation_galaxies_without_a_known_label_have_no_loss(layer_norm_model, galaxies, processor, tmp_path):
+    layer_norm_model.config.problem_type = "regression"
+    unknown = galaxies.remove_columns("label").add_column("label", [[NAN, NAN]] * len(galaxies))
+    trainer = UnfrozenStageTrainer(
+        layer_norm_model, unfrozen_arguments(tmp_path), processing_class=processor, eval_dataset=unknown
+    )
+    assert trainer.evaluate()["eval_loss"] == 0
 
 
 def test_without_validation_the_last_weights_are_kept(layer_norm_model, galaxies, processor, tmp_path):

@@ -50,7 +50,9 @@ class PowerLaw(NamedTuple):
         """
         if self.scale <= 0 or error <= self.floor:
             return math.inf
-        return float(((error - self.floor) / self.scale) ** (-1 / self.exponent))
+        # A NumPy number goes over to infinity, where Python's own raises an error.
+        with np.errstate(over="ignore"):
+            return float(np.float64((error - self.floor) / self.scale) ** (-1 / self.exponent))
 
 
 @dataclass(frozen=True)

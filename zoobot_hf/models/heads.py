@@ -126,6 +126,26 @@ def head_loss(logits: Tensor, labels: Tensor, config: ZoobotConfig, *, training:
     return losses[known].sum() / known.sum().clamp(min=1)
 
 
+def loss_weight(labels: Tensor, config: ZoobotConfig) -> Tensor:
+    """What a batch's `head_loss` counts beside another batch's.
+
+    The loss is a mean over what is known, and for a single label over the class weights. The loss of many batches
+    together is therefore the mean of theirs by these weights, and not by their numbers of galaxies.
+
+    Args:
+        labels: As in `head_loss`, or votes, of whose loss every galaxy is the same share.
+        config: The configuration that the head was built from.
+
+    Returns:
+        A scalar, 0 or more; in units of a galaxy, of a known value or of a class weight.
+    """
+    if config.problem_type in ("multi_label_classification", "regression"):
+        return (~torch.isnan(labels)).sum().float()
+    if config.problem_type == "single_label_classification" and config.class_weights is not None:
+        return torch.tensor(config.class_weights, device=labels.device)[labels.long()].sum()
+    return torch.tensor(float(len(labels)), device=labels.device)
+
+
 def _check_class_indices(labels: Tensor, config: ZoobotConfig) -> None:
     if labels.ndim != 1:
         raise ValueError(f"labels have the shape {tuple(labels.shape)}; give each galaxy one class index: (batch,).")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
-from zoobot_hf.models.heads import head_loss
+from zoobot_hf.models.heads import head_loss, loss_weight
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
 from zoobot_hf.models.votes import concentrations_from_logits, vote_loss
@@ -120,8 +120,9 @@ class HeadGrid(nn.Module):
             for embeddings, labels in split.batches(ROWS_AT_ONCE):
                 assert labels is not None
                 inputs, labels = self.standardise(embeddings.to(self.mean.device)), labels.to(self.mean.device)
+                weight = loss_weight(labels, self.config)
                 for number, logits in enumerate(self._logits(self.heads, inputs)):
-                    losses[number] += self._loss(logits, labels, training=False) * len(labels)
+                    losses[number] += self._loss(logits, labels, training=False) * weight
         # A head that has run away to NaN never wins.
         self.winning_head.copy_(losses.nan_to_num(torch.inf).argmin())
         self.train(was_training)

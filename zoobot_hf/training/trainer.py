@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zoobot_hf.data.images import DECODING_THREADS
+from zoobot_hf.models.heads import loss_weight
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.publishing.hub import push_folder
@@ -140,6 +141,8 @@ class _StageTrainer(Trainer):
         super().__init__(model, args, processing_class=processing_class, train_dataset=train_dataset, **kwargs)
         if args.early_stopping_patience is not None and args.eval_strategy != "no":
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        # Of the evaluation that runs: each batch's loss times its weight, and the weight.
+        self._weighted_losses: list[Tensor] = []
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """What `Trainer.train` returns.
@@ -226,6 +229,45 @@ class _StageTrainer(Trainer):
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=is_bf16):
             loss: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, *args, **kwargs)
         return loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The outputs; the loss is that of all galaxies together, whatever the size of the batches.
+
+        `Trainer` gives the mean of the batches' losses by their numbers of galaxies, and leaves batches out whose loss
+        is NaN. That is another number where labels have gaps or classes have weights. With several processes a galaxy
+        that fills the last batch up still has a part in that batch's loss.
+
+        Args:
+            *args: As in `Trainer`.
+            metric_key_prefix: As in `Trainer`.
+            **kwargs: As in `Trainer`.
+        """
+        self._weighted_losses.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._weighted_losses and output.metrics is not None:
+            loss, weight = torch.stack(self._weighted_losses).cpu().double().sum(0).tolist()
+            # Without a single known label there is no loss rather than a NaN one.
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / weight if weight else loss
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What `Trainer.prediction_step` returns.
+
+        Args:
+            model: The model, wrapped or not.
+            inputs: A batch.
+            *args: As in `Trainer`.
+            **kwargs: As in `Trainer`.
+        """
+        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        # A loss of the user's own has weights of its own.
+        if loss is not None and self.compute_loss_func is None:
+            labels = inputs["labels"]
+            weight = loss_weight(labels, self.model.config).to(loss.device) / len(labels)
+            # A row for each galaxy, so that as many as fill the last batch up are dropped.
+            rows = torch.stack([loss * weight, weight]).repeat(len(labels), 1)
+            self._weighted_losses.append(self.gather_function(rows).sum(0))
+        return loss, *rest
 
 
 class FrozenStageTrainer(_StageTrainer):
