@@ -1,6 +1,8 @@
 # Needs Python 3.11 or later and make; everything else goes into .venv from the ordinary package registry.
 PYTHON ?= python3
 BIN = .venv/bin
+# A process for each core: most tests keep only one busy. The tests of a file share what it sets up.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-all lint bench clean
 
@@ -14,12 +16,11 @@ BIN = .venv/bin
 demo: .venv/installed
 	$(BIN)/zoobot-hf demo --output_dir demo
 
-# A process for each core: most tests keep only one busy. The tests of a file share what it sets up.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not network"
+	$(PYTEST) -m "not slow and not network"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -m "not network"
+	$(PYTEST) -m "not network"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -325,6 +325,9 @@ def finetuned_folder(layer_norm_model, tmp_path):
         {"label_names": ["not ring", "ring"]},
         {"id2label": {0: "not ring", 1: "ring"}},
         {"id2label": {"0": "not ring", "1": "ring"}},
+        {"label2id": {"ring": 1, "not ring": 0}},
+        {"num_labels": 2},
+        {"num_labels": 2, "label_names": ["not ring", "ring"]},
         {"head_dropout": 0.1},
     ],
 )
@@ -339,6 +342,18 @@ def test_the_same_labels_keep_the_head(asked_for, finetuned_folder, layer_norm_m
 
 
 @pytest.mark.parametrize(
+    ("asked_for", "message"),
+    [
+        ({"num_labels": 3, "label_names": ["bar", "no bar"]}, "num_labels is 3, and the labels are bar, no bar"),
+        ({"label_names": ["bar", "no bar", "bar"]}, "the labels are bar, no bar, bar; give each of them once"),
+    ],
+)
+def test_labels_that_contradict_themselves_are_refused(asked_for, message, finetuned_folder):
+    with pytest.raises(ValueError, match=message):
+        ZoobotForImageClassification.from_pretrained(finetuned_folder, **asked_for)
+
+
+@pytest.mark.parametrize(
     ("asked_for", "names"),
     [
         ({"label_names": ["bar", "no bar", "edge-on"]}, ["bar", "no bar", "edge-on"]),
@@ -346,6 +361,8 @@ def test_the_same_labels_keep_the_head(asked_for, finetuned_folder, layer_norm_m
         ({"label_names": ["ring", "not ring"]}, ["ring", "not ring"]),
         ({"id2label": {"0": "no bar", "1": "bar"}}, ["no bar", "bar"]),
         ({"num_labels": 4}, ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]),
+        ({"num_labels": 3, "id2label": {0: "bar", 1: "no bar", 2: "edge-on"}}, ["bar", "no bar", "edge-on"]),
+        ({"label2id": {"no bar": 0, "bar": 1}}, ["no bar", "bar"]),
     ],
 )
 def test_other_labels_replace_the_head(asked_for, names, finetuned_folder, layer_norm_model, pixel_values, caplog):

@@ -17,6 +17,7 @@ from zoobot_hf import (
     FrozenStageArguments,
     UnfrozenStageArguments,
     ZoobotForImageClassification,
+    ZoobotImageProcessor,
     catalog_to_dataset,
     finetune,
     read_catalog,
@@ -56,12 +57,18 @@ def run(layer_norm_model, processor, rings, tmp_path):
     """A finetuning run of a copy of the same model, into tmp_path / name."""
 
     def start(name, **options):
-        model = copy.deepcopy(layer_norm_model)
+        model = copy.deepcopy(options.pop("model", layer_norm_model))
         settings = {
             "frozen": FrozenStageArguments(**SETTINGS),
             "unfrozen": UnfrozenStageArguments(**SETTINGS, learning_rate=1e-2),
         }
-        return finetune(model, processor, options.pop("dataset", rings), tmp_path / name, **{**settings, **options})
+        return finetune(
+            model,
+            options.pop("processor", processor),
+            options.pop("dataset", rings),
+            tmp_path / name,
+            **{**settings, **options},
+        )
 
     return start
 
@@ -130,9 +137,20 @@ def test_only_the_frozen_stage_runs_where_the_other_is_skipped(run, layer_norm_m
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("frozen", 2), ("frozen", 7), ("unfrozen", 1), ("unfrozen", 7)])
-def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(stage, step, run, tmp_path, monkeypatch):
-    unbroken = run("unbroken")
+# transformers writes a ViT's weights under other names than the model's own.
+@pytest.mark.parametrize(
+    ("stage", "step", "name"),
+    [
+        ("frozen", 2, "layer_norm"),
+        ("frozen", 7, "layer_norm"),
+        ("unfrozen", 1, "layer_norm"),
+        ("unfrozen", 7, "layer_norm"),
+        ("unfrozen", 7, "vit"),
+    ],
+)
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(stage, step, name, run, tiny_models, monkeypatch):
+    model = tiny_models[name]
+    unbroken = run("unbroken", model=model)
     trainer_class = {"frozen": FrozenStageTrainer, "unfrozen": UnfrozenStageTrainer}[stage]
     original = trainer_class.__init__
 
@@ -143,8 +161,8 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(stage, step, run,
     with monkeypatch.context() as patch:
         patch.setattr(trainer_class, "__init__", killed)
         with pytest.raises(KilledError):
-            run("broken")
-    resumed = run("broken", resume=True)
+            run("broken", model=model)
+    resumed = run("broken", model=model, resume=True)
     for one, other in zip(unbroken.stages, resumed.stages, strict=True):
         assert one.test_outputs == other.test_outputs
         assert one.validation_loss == other.validation_loss
@@ -187,6 +205,28 @@ def test_resuming_with_other_arguments_is_refused_by_name(run):
     run("out")
     with pytest.raises(ValueError, match=r"had another FrozenStageArguments\.learning_rate; resume"):
         run("out", resume=True, frozen=FrozenStageArguments(**SETTINGS, learning_rate=0.5))
+
+
+@pytest.mark.parametrize(("field", "value"), [("class_weights", [1.0, 20.0]), ("label_smoothing", 0.1)])
+def test_resuming_with_another_loss_is_refused_by_name(field, value, run, layer_norm_model):
+    run("out")
+    setattr(layer_norm_model.config, field, value)
+    with pytest.raises(ValueError, match=rf"had another model\.{field}; resume"):
+        run("out", resume=True)
+
+
+def test_resuming_with_other_encoder_weights_is_refused(run, layer_norm_model):
+    run("out")
+    with torch.no_grad():
+        next(layer_norm_model.encoder.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match="had another encoder weights; resume"):
+        run("out", resume=True)
+
+
+def test_a_run_goes_on_whose_processor_was_given_tuples(run):
+    means = {"do_normalize": True, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.2, 0.2, 0.2)}
+    first = run("out", processor=ZoobotImageProcessor(32, **means))
+    assert run("out", processor=ZoobotImageProcessor(32, **means), resume=True).kept_stage == first.kept_stage
 
 
 def test_resuming_with_other_galaxies_is_refused(run, rings):

@@ -246,7 +246,7 @@ def test_votes_for_another_tree_are_named(run, galaxies_with_votes):
 def test_another_tree_is_not_resumed(run, finished_copy):
     values = EUCLID.to_dict()
     values["questions"][-1]["asked_after"] = []
-    with pytest.raises(ValueError, match="had another decision_tree"):
+    with pytest.raises(ValueError, match=r"had another model\.decision_tree"):
         run("out", model_of(DecisionTree.from_dict(values)), resume=True)
 
 

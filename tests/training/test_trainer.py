@@ -250,6 +250,24 @@ def test_the_validation_loss_is_that_of_all_galaxies_together(
     assert trainer.evaluate()["eval_loss"] == pytest.approx(together.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
+def test_each_split_is_evaluated_by_its_own_galaxies(
+    trainer_class, workers, layer_norm_model, galaxies, processor, tmp_path
+):
+    arguments = frozen_arguments if trainer_class is FrozenStageTrainer else unfrozen_arguments
+    trainer = trainer_class(
+        layer_norm_model,
+        arguments(tmp_path, dataloader_num_workers=workers),
+        processing_class=processor,
+        eval_dataset={"validation": galaxies.select(range(12)), "test": galaxies.select(range(5))},
+        compute_metrics=lambda predicted: {"count": len(predicted.label_ids)},
+    )
+    both = trainer.evaluate()
+    assert (both["eval_validation_count"], both["eval_test_count"]) == (12, 5)
+    assert [trainer.evaluate(galaxies.select(range(count)))["eval_count"] for count in (7, 9)] == [7, 9]
+
+
 def test_a_loss_of_the_users_own_is_averaged_as_trainer_does(layer_norm_model, galaxies, processor, tmp_path):
     layer_norm_model.config.class_weights = [1.0, 19.0]
     trainer = UnfrozenStageTrainer(
@@ -309,6 +327,31 @@ def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(layer_norm_mod
     trainer = train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
     losses = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+class SpoilLastEpoch(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        if state.epoch == args.num_train_epochs - 1:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+
+
+# transformers writes a ViT's weights under other names than the model's own.
+@pytest.mark.parametrize("name", ["layer_norm_model", "vit_model"])
+def test_the_unfrozen_stage_ends_with_the_weights_of_its_best_checkpoint(name, request, galaxies, processor, tmp_path):
+    trainer = UnfrozenStageTrainer(
+        request.getfixturevalue(name),
+        unfrozen_arguments(tmp_path, average_weights=False),
+        processing_class=processor,
+        train_dataset=galaxies.select(range(24)),
+        eval_dataset=galaxies.select(range(24, 40)),
+        callbacks=[SpoilLastEpoch()],
+    )
+    trainer.train()
+    best, last = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert last > best + 0.01
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
 
 
 def test_without_evaluations_the_head_has_the_learning_rate_that_was_given(

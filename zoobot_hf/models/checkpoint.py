@@ -70,25 +70,21 @@ class Checkpoint:
         """
         hub_arguments = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
         config = arguments.pop("config", None)
-        names = arguments.pop("label_names", None)
-        if names is None and arguments.get("num_labels") is not None:
-            names = [f"LABEL_{index}" for index in range(arguments.pop("num_labels"))]
+        names, count = arguments.pop("label_names", None), arguments.pop("num_labels", None)
         if names is not None:
             arguments["id2label"] = dict(enumerate(names))
         fields = {name: arguments.pop(name) for name in CONFIG_FIELDS if name in arguments}
-        if "id2label" in fields:
-            fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
-            fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
+        fields |= _labels_of(fields)
         if fields.get("decision_tree") is not None:
             fields |= labels_of_votes(fields["decision_tree"], id2label=fields.get("id2label"))
         folder = local_copy(name_or_path, **hub_arguments)
         name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
         zoobot_file = find_zoobot_file(folder)
-        if zoobot_file is not None:
-            return cls(name, folder, None, read_zoobot_file(zoobot_file), config, fields, arguments)
-        is_ours = read_configuration(folder).get("model_type") == ZoobotConfig.model_type
+        zoobot_model = None if zoobot_file is None else read_zoobot_file(zoobot_file)
+        is_ours = zoobot_file is None and read_configuration(folder).get("model_type") == ZoobotConfig.model_type
         saved_config = ZoobotConfig.from_pretrained(str(folder)) if is_ours else None
-        return cls(name, folder, saved_config, None, config, fields, arguments)
+        fields |= _numbered_labels(count, fields, config or saved_config)
+        return cls(name, folder, saved_config, zoobot_model, config, fields, arguments)
 
     @property
     def is_ours(self) -> bool:
@@ -185,3 +181,30 @@ class Checkpoint:
             cast(nn.Linear, head[-1]).weight.copy_(old.head_weight)
             cast(nn.Linear, head[-1]).bias.copy_(old.head_bias)
         logger.info("Took the head of %s: %s.", self.name, ", ".join(config.label_names))
+
+
+def _labels_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """The labels by number and the other way round, from whichever was given."""
+    if fields.get("id2label"):
+        names = {int(number): name for number, name in fields["id2label"].items()}
+    elif fields.get("label2id"):
+        names = {int(number): name for name, number in fields["label2id"].items()}
+    else:
+        return {}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"the labels are {', '.join(names.values())}; give each of them once.")
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+
+
+def _numbered_labels(count: int | None, fields: dict[str, Any], saved: ZoobotConfig | None) -> dict[str, Any]:
+    """Labels without names, where a number of them was asked for that differs from the saved one."""
+    names = fields.get("id2label")
+    if count is None or (names is None and saved is not None and saved.num_labels == count):
+        return {}
+    if names is None:
+        return _labels_of({"id2label": {number: f"LABEL_{number}" for number in range(count)}})
+    if len(names) != count:
+        raise ValueError(
+            f"num_labels is {count}, and the labels are {', '.join(names.values())}; leave num_labels out."
+        )
+    return {}

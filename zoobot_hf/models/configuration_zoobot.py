@@ -1,5 +1,6 @@
 """ZoobotConfig: everything that is needed to rebuild a model and to read its predictions."""
 
+import json
 import math
 from typing import Any
 
@@ -130,6 +131,15 @@ class ZoobotConfig(PreTrainedConfig):
         """
         self.predictions_for = "training"
         self.calibration_temperature = self.calibration_shift = self.decision_threshold = self.decision_aim = None
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The configuration as plain values, without what differs from one loading of the same model to the next."""
+        settings: dict[str, Any] = json.loads(self.to_json_string(use_diff=False))
+        for part in (settings, settings["encoder_config"] or {}):
+            for name in ("architectures", "dtype", "transformers_version"):
+                part.pop(name, None)
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, without the paths of the machine that it was made on."""

@@ -106,6 +106,20 @@ class ZoobotPreTrainedModel(PreTrainedModel):
             return _timm_blocks(encoder.timm_model)
         return _listed_blocks(encoder)
 
+    def load_weights(self, folder: str | Path) -> None:
+        """Takes the weights of a saved model with the same encoder and head.
+
+        transformers writes some encoders, ViT and Swin among them, under the names that an earlier version gave to
+        their weights. `from_pretrained` translates them, and `load_state_dict` doesn't.
+
+        Args:
+            folder: Where `save_pretrained` wrote it.
+
+        Raises:
+            RuntimeError: The saved model has other weights.
+        """
+        self.load_state_dict(type(self).from_pretrained(folder, dtype=self.dtype).state_dict())
+
     def train(self, mode: bool = True) -> Self:
         """Sets training mode, but what is frozen stays in evaluation mode.
 

@@ -131,13 +131,8 @@ def hash_model(model: Classifier) -> str:
     Args:
         model: The model.
     """
-    # The configuration has the calibration, the prevalences and the threshold; and what differs from one loading of the
-    # same model to the next.
-    settings = json.loads(model.config.to_json_string(use_diff=False))
-    for part in (settings, settings["encoder_config"] or {}):
-        for name in ("architectures", "dtype", "transformers_version"):
-            part.pop(name, None)
-    return hash_text(json.dumps(settings, sort_keys=True), hash_weights(model))
+    # The configuration has the calibration, the prevalences and the threshold.
+    return hash_text(json.dumps(model.config.decisive, sort_keys=True), hash_weights(model))
 
 
 def arrow_table(table: pd.DataFrame) -> pa.Table:

@@ -72,7 +72,11 @@ class _StageArguments(TrainingArguments):
         metadata={"help": "Processes that decode images; where absent, up to 8 on a GPU and none on a CPU."},
     )
     dataloader_persistent_workers: bool | None = field(
-        default=None, metadata={"help": "Keep these processes between epochs; where absent, if there are any."}
+        default=None,
+        metadata={
+            "help": "Keep these processes between epochs; where absent, if there are any. Those that read stored "
+            "embeddings are never kept."
+        },
     )
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is an accelerator."})
     dataloader_pin_memory: bool = field(default=True, metadata={"help": "Pin memory where there is a device."})
@@ -124,8 +128,8 @@ class _StageArguments(TrainingArguments):
         if self.dataloader_num_workers is None:
             # A CPU that trains has no cores to spare; stored embeddings need no decoding.
             self.dataloader_num_workers = self._workers_for_images() if on_gpu else 0
-        if self.dataloader_persistent_workers is None:
-            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if self.dataloader_persistent_workers is None or self.uses_embedding_cache:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0 and not self.uses_embedding_cache
         super().__post_init__()
         # Pinning needs a device to copy to; without one PyTorch warns at every start of a loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"

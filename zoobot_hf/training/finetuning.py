@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
-from safetensors.torch import load_model
 from transformers import EvalPrediction
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -24,6 +23,7 @@ from zoobot_hf.evaluation.judgement import Judgement, check_prevalence, judge, j
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.evaluation.selection import check_aim
 from zoobot_hf.evaluation.vote_metrics import vote_metrics_for_trainer
+from zoobot_hf.models.checkpoint import FIELDS_OF_OLD_HEAD
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.publishing.hub import METRICS
@@ -31,6 +31,7 @@ from zoobot_hf.publishing.run_folder import write_json
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .cross_validation import CrossValidation
+from .embedding_cache import hash_weights
 from .head_grid import ModelWithHead
 from .machine import tune_memory_allocator
 from .run_report import StageResult, count_labels, metrics_of, write_run
@@ -42,6 +43,8 @@ BEST_FOLDER = "best"
 RUN_FILE = "run.json"
 SPLITS = ("train", "validation", "test")
 SPLITS_OF_FINAL_MODEL = ("train", "validation")  # after every galaxy was judged out of fold
+# What finetune itself writes into a model's configuration.
+FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights"}
 # Problems without classes, and what the model's outputs are.
 WITHOUT_CLASSES = {"regression": "values", "votes": "the answers to a decision tree"}
 
@@ -167,7 +170,7 @@ def finetune(
     if not skip_unfrozen:
         stages.append(_run_stage("unfrozen", UnfrozenStageTrainer, model, unfrozen, processor, dataset, work_dir))
     kept = min(stages, key=lambda stage: stage.validation_loss)
-    load_model(model, work_dir / kept.name / BEST_FOLDER / "model.safetensors")
+    model.load_weights(work_dir / kept.name / BEST_FOLDER)
     model.eval()
     logger.info(
         "The %s stage is kept; validation losses: %s.",
@@ -220,7 +223,7 @@ def _run_stage(
     folder = work_dir / name
     finished = folder / "finished.json"
     if finished.is_file():
-        load_model(model, folder / BEST_FOLDER / "model.safetensors")
+        model.load_weights(folder / BEST_FOLDER)
         return StageResult(**json.loads(finished.read_text()))
     arguments = copy.copy(arguments)
     arguments.output_dir = str(folder)
@@ -445,16 +448,17 @@ def _fingerprint(
     settings = {
         f"{stage.__class__.__name__}.{name}": value for stage in arguments for name, value in stage.decisive.items()
     }
-    return {
-        "encoder": model.config.encoder_name,
-        "head": [model.config.head_type, model.config.head_hidden_size, model.config.head_dropout],
-        "label_names": model.config.label_names,
-        "decision_tree": model.config.decision_tree,
+    configuration = {name: value for name, value in model.config.decisive.items() if name not in FIELDS_SET_BY_RUN}
+    facts = {
+        "encoder weights": hash_weights(model.base_model.encoder),
+        **{f"model.{name}": value for name, value in configuration.items()},
         "processor": processor.to_dict(),
         "dataset": hashlib.sha256(json.dumps(galaxies).encode()).hexdigest(),
         "balance": balance,
         **settings,
     }
+    # As it will be read again: tuples are lists, and the numbers of labels are texts.
+    return dict(json.loads(json.dumps(facts)))
 
 
 def _with_prevalence(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import CONFIG_NAME
 
 from zoobot_hf.data.images import DECODING_THREADS
 from zoobot_hf.models.heads import loss_weight
@@ -230,6 +231,18 @@ class _StageTrainer(Trainer):
             loss: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, *args, **kwargs)
         return loss
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
+        """Batches for an evaluation.
+
+        `Trainer` keeps a loader whose workers persist, and takes it for any other dataset without a name as well.
+
+        Args:
+            eval_dataset: As in `Trainer`.
+        """
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The outputs; the loss is that of all galaxies together, whatever the size of the batches.
 
@@ -268,6 +281,25 @@ class _StageTrainer(Trainer):
             rows = torch.stack([loss * weight, weight]).repeat(len(labels), 1)
             self._weighted_losses.append(self.gather_function(rows).sum(0))
         return loss, *rest
+
+    def _load_best_model(self) -> None:
+        if not self._load_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_weights(self, checkpoint: str | None) -> bool:
+        """Loads a checkpoint by `load_weights`; False where it is none of a whole model, which `Trainer` then loads.
+
+        `Trainer` takes what it finds under the model's own names and leaves the other weights as they are.
+        """
+        is_whole = checkpoint is not None and (Path(checkpoint) / CONFIG_NAME).is_file()
+        if not is_whole or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return False
+        self.model.load_weights(checkpoint)
+        return True
 
 
 class FrozenStageTrainer(_StageTrainer):
@@ -355,10 +387,10 @@ class FrozenStageTrainer(_StageTrainer):
         Args:
             eval_dataset: As in `Trainer`.
         """
+        if not self.args.embedding_cache or (self.eval_dataset is None and eval_dataset is None):
+            return super().get_eval_dataloader(eval_dataset)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(
-            self._stored(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset)
-        )
+        return self.get_test_dataloader(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader[Any]:
         """Batches for predictions: embeddings where they are kept.
