@@ -53,6 +53,7 @@ ORDER = [
     "training.arguments",
     "training.augmentation",
     "training.depthwise",
+    "training.reading",
     "training.embedding_cache",
     "training.linear_heads",
     "training.folds",

@@ -108,6 +108,11 @@ def test_a_class_that_the_model_lacks_is_refused(classes):
         loss_of(LOGITS, torch.tensor(classes), config_of())
 
 
+def test_fractions_are_refused_as_classes():
+    with pytest.raises(ValueError, match="labels are no whole numbers"):
+        loss_of(LOGITS, torch.tensor([0.95, 0.1]), config_of())
+
+
 def test_one_hot_labels_are_refused_for_a_single_label():
     with pytest.raises(ValueError, match=r"labels have the shape \(2, 3\); give each galaxy one class index"):
         loss_of(LOGITS, torch.zeros(2, 3), config_of())

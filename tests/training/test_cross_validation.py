@@ -165,9 +165,9 @@ def test_balanced_folds_have_the_labels_own_prevalence_again(validate, galaxies,
     assert result.scores.prevalence["ring"] == pytest.approx(8 / 28)
 
 
-def test_tables_scores_and_figures_are_written(validate, galaxies, tmp_path):
+def test_tables_scores_and_figures_are_written(validate, galaxies, processor, tmp_path):
     result = validate()
-    paths = write_cross_validation(result, galaxies, tmp_path / "out")
+    paths = write_cross_validation(result, galaxies, tmp_path / "out", processor=processor)
     assert {path.name for path in paths} == {
         "out_of_fold.parquet",
         "out_of_fold.json",
@@ -187,7 +187,7 @@ def test_tables_scores_and_figures_are_written(validate, galaxies, tmp_path):
     assert audit["id_str"].tolist() == result.doubtful["id_str"].tolist()
 
 
-def test_the_sheet_shows_the_likeliest_wrong_labels_first(galaxies, tmp_path, monkeypatch):
+def test_the_sheet_shows_the_likeliest_wrong_labels_first(galaxies, processor, tmp_path, monkeypatch):
     probability = np.where(np.arange(40) % 2 == 1, 0.8, 0.2)
     probability[[7, 8]] = [0.03, 0.9]
     doubtful = cross_validation.find_doubtful_labels(
@@ -198,7 +198,7 @@ def test_the_sheet_shows_the_likeliest_wrong_labels_first(galaxies, tmp_path, mo
     )
     sheets = []
     monkeypatch.setattr(cross_validation, "plot_galaxy_sheet", lambda *given: sheets.append(given))
-    cross_validation.plot_doubtful_labels(doubtful, galaxies, tmp_path / "sheet.png", count=2)
+    cross_validation.plot_doubtful_labels(doubtful, galaxies, tmp_path / "sheet.png", processor=processor, count=2)
     ((images, titles, _),) = sheets
     assert titles == [
         "1. galaxy_07\nlabel: ring\nP(ring) = 0.030",
@@ -215,12 +215,22 @@ def test_too_few_galaxies_for_the_folds_are_refused(validate, galaxies):
         validate(dataset=few.select(range(22)), folds=2)
 
 
-def test_the_figures_are_for_the_galaxies_that_are_drawn(validate, galaxies, tmp_path, monkeypatch):
+def test_a_class_of_near_duplicates_is_refused_before_a_fold_is_trained(validate, remembered, galaxies):
+    rings, others = ([row for row in range(40) if row % 2 == ring] for ring in (1, 0))
+    copies = [rings[0]] * 5
+    few = galaxies.select([*others, *copies, rings[1]])
+    few = few.remove_columns("id_str").add_column("id_str", [f"galaxy_{row:02d}" for row in range(len(few))])
+    with pytest.raises(ValueError, match=r"without fold . there is no galaxy of class ring in .*near-duplicates"):
+        validate(dataset=few)
+    assert not remembered
+
+
+def test_the_figures_are_for_the_galaxies_that_are_drawn(validate, galaxies, processor, tmp_path, monkeypatch):
     result = validate(sky_prevalence={"ring": 0.05})
     drawn = {}
     for name in ("plot_reliability", "plot_roc_and_precision_recall"):
         monkeypatch.setattr(cross_validation, name, lambda *given, name=name, **_: drawn.update({name: given}))
-    write_cross_validation(result, galaxies, tmp_path / "out")
+    write_cross_validation(result, galaxies, tmp_path / "out", processor=processor)
     own = np.bincount(galaxies["label"][:]) / len(galaxies)
     expected = probabilities_at_prevalence(result.probabilities, assumed_prevalence=[0.95, 0.05], prevalence=own)
     for probabilities, has_label, *_ in drawn.values():

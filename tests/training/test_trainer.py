@@ -448,6 +448,77 @@ def test_other_labels_are_refused_by_name(layer_norm_model, galaxies, processor,
         )
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["ring"] * 24, "they are text.*class_encode_column"),
+        ([0.95] * 24, r"24 of 24 galaxies have no class.*row 0 has the label 0\.95"),
+        ([0, 1, None] * 8, "8 of 24 galaxies have no class.*row 2 has the label nan"),
+        ([[0, 1], [1]] * 12, "no numbers"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, message, layer_norm_model, galaxies, processor, tmp_path):
+    wrong = galaxies.select(range(24)).remove_columns("label").add_column("label", labels)
+    with pytest.raises(ValueError, match=message):
+        FrozenStageTrainer(
+            layer_norm_model, frozen_arguments(tmp_path), processing_class=processor, train_dataset=wrong
+        )
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32"])
+@pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
+def test_classes_may_be_booleans_or_whole_floats(kind, trainer_class, layer_norm_model, galaxies, processor, tmp_path):
+    arguments = frozen_arguments if trainer_class is FrozenStageTrainer else unfrozen_arguments
+    losses = []
+    for dataset in (galaxies, galaxies.cast_column("label", Value("int64")).cast_column("label", Value(kind))):
+        model = copy.deepcopy(layer_norm_model)
+        losses.append(train(trainer_class, model, arguments(tmp_path), dataset, processor).evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
+def test_none_is_an_unknown_label(trainer_class, layer_norm_model, galaxies, processor, tmp_path):
+    layer_norm_model.config.problem_type = "multi_label_classification"
+    arguments = frozen_arguments if trainer_class is FrozenStageTrainer else unfrozen_arguments
+    losses = []
+    for unknown in (None, NAN):
+        rows = galaxies.remove_columns("label").add_column("label", [[0.0, unknown], [1.0, 0.0]] * 20)
+        trainer = trainer_class(
+            layer_norm_model, arguments(tmp_path), processing_class=processor, train_dataset=rows, eval_dataset=rows
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "name"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
+        ({"gradient_checkpointing": True}, {}, "gradient_checkpointing"),
+        ({}, {"compute_loss_func": lambda *given: 0}, "compute_loss_func"),
+    ],
+)
+def test_what_a_grid_of_heads_can_not_use_is_refused(
+    settings, options, name, layer_norm_model, galaxies, processor, tmp_path
+):
+    with pytest.raises(ValueError, match=f"{name} given, but the grid of heads.*embedding_cache=False"):
+        FrozenStageTrainer(
+            layer_norm_model,
+            frozen_arguments(tmp_path, **settings),
+            processing_class=processor,
+            train_dataset=galaxies,
+            **options,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_frozen_stage_takes_a_model_in_half_precision(dtype, layer_norm_model, galaxies, processor, tmp_path):
+    trainer = train(FrozenStageTrainer, layer_norm_model.to(dtype), frozen_arguments(tmp_path), galaxies, processor)
+    assert layer_norm_model.head[-1].weight.dtype == dtype
+    best = min(record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=0.02)
+
+
 def test_a_dataset_without_labels_is_refused(layer_norm_model, galaxies, processor, tmp_path):
     with pytest.raises(ValueError, match="no column label; it has id_str, image"):
         FrozenStageTrainer(

@@ -235,7 +235,7 @@ def _cross_validate(
     )
     folder = options.output_dir.resolve().with_name(f"{options.output_dir.resolve().name}-folds")
     if PartialState().is_main_process:
-        paths = write_cross_validation(result, galaxies, folder)
+        paths = write_cross_validation(result, galaxies, folder, processor=processor)
         _report_folds(result)
         print("\n" + "\n".join(map(str, paths)))
     return result

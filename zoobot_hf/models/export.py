@@ -43,7 +43,8 @@ def export_to_transformers(
     The calibration, and the shift to the sky's prevalence, are in the weights of its classifier. The checkpoint loads
     with `AutoModelForImageClassification` and `AutoImageProcessor` where zoobot_hf is not installed; a ConvNeXt from
     timm becomes transformers' own, which does without timm. Its image processor resizes the whole image and crops then,
-    where zoobot_hf crops first: pixels may differ by a few 1/255.
+    where zoobot_hf crops first, up to a pixel beside it: a noisy image of 424 pixels, at 224 with a zoom of 1.4,
+    differs by 2.4/255 on average and by 16/255 at most. Logits are compared on the same pixels.
 
     Args:
         model: A finetuned model with a linear head.
@@ -135,6 +136,7 @@ def to_transformers(model: ZoobotForImageClassification) -> PreTrainedModel:
     config = copy.deepcopy(encoder.config)
     config.id2label, config.label2id = dict(model.config.id2label), dict(model.config.label2id)
     config.problem_type = model.config.problem_type
+    config.dtype = torch.float32  # whatever the encoder was loaded as
     if config.model_type == "timm_wrapper":
         config.label_names = model.config.label_names  # what such a config.json has for id2label
     plain = AutoModelForImageClassification.from_config(config).eval()

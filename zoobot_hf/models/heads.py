@@ -149,6 +149,8 @@ def loss_weight(labels: Tensor, config: ZoobotConfig) -> Tensor:
 def _check_class_indices(labels: Tensor, config: ZoobotConfig) -> None:
     if labels.ndim != 1:
         raise ValueError(f"labels have the shape {tuple(labels.shape)}; give each galaxy one class index: (batch,).")
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
+        raise ValueError("labels are no whole numbers; give each galaxy one class index, or use regression.")
     # On a GPU an index out of range would end the whole process' CUDA context, with a message about an assertion.
     lowest, highest = labels.min().item(), labels.max().item()
     if not 0 <= lowest <= highest < config.num_labels:

@@ -132,17 +132,39 @@ class ZoobotImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: An image of another kind or without pixels.
         """
-        picture = self._as_eight_bit(image)
+        picture = self.to_eight_bit(image)
         height, width, _ = picture.shape
         shorter_side = min(height, width)
         field = shorter_side / self.zoom
         wide_field = min(field * margin, shorter_side)
-        pixels = round(self.pixels * wide_field / field)
+        # The same number for images of all sizes.
+        pixels = round(self.pixels * min(margin, self.zoom))
         side = max(1, round(wide_field))
         left, top = (width - side) // 2, (height - side) // 2
         planes = torch.from_numpy(picture[None, top : top + side, left : left + side]).permute(0, 3, 1, 2)
         # PyTorch's antialiased uint8 resize takes a third of the time of PIL's.
         return functional.interpolate(planes, (pixels, pixels), mode=INTERPOLATIONS[self.resample], antialias=True)[0]
+
+    def to_eight_bit(self, image: Any) -> NDArray[np.uint8]:
+        """The whole image as uint8, 0-255, (height, width, channels).
+
+        Args:
+            image: A PIL image, an array or the planes of a FITS file, as for `preprocess`.
+
+        Raises:
+            ValueError: An image of another kind or without pixels.
+        """
+        if isinstance(image, dict):
+            image = self._render(image)
+        if not isinstance(image, Image.Image):
+            image = _as_eight_bit_array(image)
+            _check_size(image.shape[1], image.shape[0])
+            if image.ndim == 3 and image.shape[2] == self.num_channels:
+                return np.require(image, requirements=["C", "W"])  # what PyTorch takes; mostly it is that already
+            image = Image.fromarray(image)
+        _check_size(*image.size)
+        picture = self._without_alpha(image)
+        return np.array(picture).reshape(picture.height, picture.width, self.num_channels)
 
     def rescale_and_normalize(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder's input: float32, (batch, channels, height, width), on the images' device.
@@ -155,20 +177,6 @@ class ZoobotImageProcessor(BaseImageProcessor):
             return pixel_values
         mean, std = (pixel_values.new_tensor(v).view(-1, 1, 1) for v in (self.image_mean, self.image_std))
         return (pixel_values - mean) / std
-
-    def _as_eight_bit(self, image: Any) -> NDArray[np.uint8]:
-        """The image as uint8, 0-255, (height, width, channels)."""
-        if isinstance(image, dict):
-            image = self._render(image)
-        if not isinstance(image, Image.Image):
-            image = _as_eight_bit_array(image)
-            _check_size(image.shape[1], image.shape[0])
-            if image.ndim == 3 and image.shape[2] == self.num_channels:
-                return np.require(image, requirements=["C", "W"])  # what PyTorch takes; mostly it is that already
-            image = Image.fromarray(image)
-        _check_size(*image.size)
-        picture = self._without_alpha(image)
-        return np.array(picture).reshape(picture.height, picture.width, self.num_channels)
 
     def _without_alpha(self, picture: Image.Image) -> Image.Image:
         """The image in 8 bits, "RGB" or "L"."""

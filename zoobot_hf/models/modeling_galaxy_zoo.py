@@ -130,7 +130,8 @@ class ZoobotForGalaxyZoo(ZoobotPreTrainedModel):
             raise ValueError("give either pixel_values or embeddings.")
         if embeddings is None:
             embeddings = self.zoobot(pixel_values).embeddings
-        concentrations = concentrations_from_logits(self.head(embeddings), self.config.concentration_range)
+        logits = self.head(embeddings.to(self.dtype))  # stored embeddings have a type of their own
+        concentrations = concentrations_from_logits(logits, self.config.concentration_range)
         if labels is None:
             return ZoobotVotesOutput(None, concentrations)
         reduction = self.config.vote_loss_reduction

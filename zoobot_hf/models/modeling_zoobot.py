@@ -303,7 +303,7 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
             raise ValueError("give either pixel_values or embeddings.")
         if embeddings is None:
             embeddings = self.zoobot(pixel_values).embeddings
-        logits = self.head(embeddings)
+        logits = self.head(embeddings.to(self.dtype))  # stored embeddings have a type of their own
         loss = None if labels is None else head_loss(logits, labels, self.config, training=self.training)
         if self.config.problem_type == "regression":
             logits = apply_unit_interval(logits, self.config)

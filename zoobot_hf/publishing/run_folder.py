@@ -160,8 +160,11 @@ def draw_figures(
             "Expected and observed vote fractions of the test galaxies, a panel for each question. On the diagonal, "
             f"expectations are right on average. Galaxies with at least {judged_votes.least_votes} votes on it."
         )
-    for label in judged_labels:
-        ending = f"_{slug(label.name)}" if len(judged_labels) > 1 else ""
+    slugs = [slug(label.name) for label in judged_labels]
+    for number, label in enumerate(judged_labels):
+        # "z<1" and "z>1" have the same letters and numbers.
+        own = slugs[number] if slugs.count(slugs[number]) == 1 else f"{slugs[number]}_{number}"
+        ending = f"_{own}" if len(judged_labels) > 1 else ""
         captions |= _draw_probabilities(folder, label, ending=ending, whose=whose)
     return captions
 

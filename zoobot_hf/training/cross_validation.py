@@ -44,6 +44,7 @@ from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .embedding_cache import Stored, StoredEmbeddings, Views, store_embeddings
 from .folds import assign_folds, check_classes, group_near_duplicates
 from .machine import tune_memory_allocator
+from .reading import Pictures
 from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, check_labels
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,8 @@ def cross_validate(
 
     Raises:
         ValueError: No `ClassLabel`, a class with fewer galaxies than folds (or than three), a galaxy that is there
-            twice, labels that aren't the model's, or a prevalence that doesn't fit.
+            twice, labels that aren't the model's, a prevalence that doesn't fit, or a class of which nearly all are
+            near-duplicates of each other.
     """
     tune_memory_allocator()
     galaxies = _join(dataset)
@@ -173,9 +175,11 @@ def cross_validate(
     fold_of, duplicates, groups = _find_folds(galaxies, labels, shared, folds=folds, seed=seed)
     probabilities = np.empty((len(galaxies), len(model.config.label_names)))
     at_sky, rows, temperatures = np.empty_like(probabilities), [], []
-    for fold in range(folds):
+    cut = [_split(galaxies, labels, fold_of, groups, fold=fold, seed=seed, balance=balance) for fold in range(folds)]
+    for fold, splits in enumerate(cut):
+        _check_every_class_is_there(fold, splits)
+    for fold, splits in enumerate(cut):
         set_seed(seed + fold)
-        splits = _split(galaxies, labels, fold_of, groups, fold=fold, seed=seed, balance=balance)
         fold_model = _new_model(model, splits["train"])
         stages = _train(fold_model, processor, splits, shared, frozen, None if skip_unfrozen else unfrozen)
         kept = min(stages, key=lambda stage: stage.validation_loss)
@@ -194,13 +198,14 @@ def cross_validate(
 
 
 def write_cross_validation(
-    result: CrossValidation, dataset: Dataset | DatasetDict, output_dir: str | Path
+    result: CrossValidation, dataset: Dataset | DatasetDict, output_dir: str | Path, *, processor: ZoobotImageProcessor
 ) -> list[Path]:
     """The files that were written: tables, scores, and figures.
 
     Args:
         result: From `cross_validate`.
         dataset: What it was given, for the pictures.
+        processor: Likewise.
         output_dir: Made where it isn't there; gets `out_of_fold.parquet`, `out_of_fold.json` (scores),
             `label_audit.csv`, `near_duplicates.csv`, and the figures `label_audit.png` (the 24 likeliest wrong labels),
             `reliability.png` and `roc.png`.
@@ -218,7 +223,7 @@ def write_cross_validation(
         "folds": result.folds.to_dict("records"),
     }
     write_json(folder / "out_of_fold.json", facts)
-    plot_doubtful_labels(result.doubtful, galaxies, folder / "label_audit.png")
+    plot_doubtful_labels(result.doubtful, galaxies, folder / "label_audit.png", processor=processor)
     names = galaxies.features["label"].names
     labels = result.table["label"]
     # The figures draw these galaxies as they are, so the probabilities have to be for them and not for the sky.
@@ -266,15 +271,24 @@ def split_for_final_model(result: CrossValidation, dataset: Dataset | DatasetDic
     )
 
 
-def plot_doubtful_labels(doubtful: pd.DataFrame, galaxies: Dataset, path: str | Path, *, count: int = AUDITED) -> None:
+def plot_doubtful_labels(
+    doubtful: pd.DataFrame,
+    galaxies: Dataset,
+    path: str | Path,
+    *,
+    processor: ZoobotImageProcessor,
+    count: int = AUDITED,
+) -> None:
     """Draw the galaxies whose labels are most likely wrong, the likeliest first.
 
     Args:
         doubtful: From `find_doubtful_labels`.
         galaxies: With `id_str` and `image`; only the images that are drawn are read.
         path: Where the PNG is written; its folder is made.
+        processor: The encoder's image processor, which has the stretch of FITS images.
         count: How many galaxies are drawn at most.
     """
+    pictures = Pictures(galaxies, processor)
     rows = {identifier: row for row, identifier in enumerate(galaxies["id_str"][:])}
     first = doubtful.head(count).to_dict("records")
     titles = [
@@ -282,7 +296,7 @@ def plot_doubtful_labels(doubtful: pd.DataFrame, galaxies: Dataset, path: str | 
         f"{galaxy['probability_of_label']:.3f}"
         for number, galaxy in enumerate(first, start=1)
     ]
-    plot_galaxy_sheet([galaxies[rows[galaxy["id_str"]]]["image"] for galaxy in first], titles, path)
+    plot_galaxy_sheet([pictures[rows[galaxy["id_str"]]] for galaxy in first], titles, path)
 
 
 def _join(dataset: Dataset | DatasetDict) -> Dataset:
@@ -366,6 +380,17 @@ def _split(
         validation=galaxies.select(others[is_validation]),
         test=galaxies.select(np.flatnonzero(fold_of == fold)),
     )
+
+
+def _check_every_class_is_there(fold: int, splits: DatasetDict) -> None:
+    for name in ("train", "validation"):
+        shares = measure_prevalence(splits[name])
+        missing = [label for label, share in shares.items() if share == 0]
+        if missing:
+            raise ValueError(
+                f"without fold {fold} there is no galaxy of class {', '.join(missing)} in {name}: many of them are "
+                "near-duplicates of each other, which stay in one fold; add galaxies of this class."
+            )
 
 
 def _fullest(part: Integers, labels: Integers) -> int:

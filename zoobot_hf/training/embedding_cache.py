@@ -31,12 +31,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zoobot_hf.data.images import UnreadableImageError, open_image
+from zoobot_hf.data.images import UnreadableImageError
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 
 from .augmentation import NUMBERS_OF_A_TURN, margin_of_turns, turn_galaxies
 from .machine import InferenceRunner, default_batch_size, prepare_processes, uses_bf16
+from .reading import read_wide_field, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +181,8 @@ def store_embeddings(
     if "image" not in dataset.column_names:
         raise ValueError(f"the dataset has no column image; it has {', '.join(dataset.column_names)}.")
     prepare_processes()
-    undecoded = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    identities = [_identify(image) for batch in undecoded.iter(1000) for image in batch["image"]]
+    as_in_files = undecoded(dataset.select_columns("image"))
+    identities = [_identify(image) for batch in as_in_files.iter(1000) for image in batch["image"]]
     first_rows: dict[str, int] = {}
     for row, identity in enumerate(identities):
         first_rows.setdefault(identity, row)
@@ -195,7 +196,7 @@ def store_embeddings(
     if values is None:
         encoder = model.base_model
         size = batch_size or default_batch_size(model.device)
-        image_rows = undecoded.select(list(first_rows.values()))
+        image_rows = as_in_files.select(list(first_rows.values()))
         name = model.config.encoder_name or model.config.encoder_config.model_type
         with (
             InferenceRunner(encoder, batch_size=size, torch_compile=torch_compile, bf16=bf16) as runner,
@@ -301,8 +302,10 @@ class StoredEmbeddings(torch.utils.data.Dataset[dict[str, Any]]):
 # What the embeddings depend on ----------------------------------------------------------------------------------
 
 
-def _identify(image: dict[str, Any]) -> str:
+def _identify(image: dict[str, Any] | None) -> str:
     """A name for an image that changes with it: a hash of its bytes, or a file's path, size and time of change."""
+    if image is None:
+        raise UnreadableImageError("a row of the dataset has no image; leave it out.")
     if image["bytes"] is not None:
         return hashlib.sha256(image["bytes"]).hexdigest()
     try:
@@ -394,25 +397,6 @@ def _run_encoder(
 def _read_numbered(numbered: tuple[int, dict[str, Any]], *, processor: ZoobotImageProcessor, margin: float) -> Tensor:
     row, image = numbered
     return read_wide_field(image, processor, margin=margin, name=f"image {row}")
-
-
-def read_wide_field(image: dict[str, Any], processor: ZoobotImageProcessor, *, margin: float, name: str) -> Tensor:
-    """An image as `processor.crop_and_resize` makes it, uint8, (3, height, width).
-
-    Args:
-        image: Of a dataset's image column that isn't decoded: `bytes`, or `path` where they are None.
-        processor: The encoder's image processor.
-        margin: Factor by which the field is wider than the processor's crop.
-        name: What an error calls an image without a path.
-
-    Raises:
-        UnreadableImageError: It can't be opened, or the processor refuses it.
-    """
-    try:
-        opened = open_image(image["bytes"] if image["bytes"] is not None else image["path"])
-        return processor.crop_and_resize(opened, margin=margin)
-    except ValueError as error:
-        raise UnreadableImageError(f"{image['path'] or name} can't be read: {error}.") from error
 
 
 def _draw_views(views: Views, count: int) -> Tensor:

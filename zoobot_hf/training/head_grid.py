@@ -63,7 +63,7 @@ class HeadGrid(nn.Module):
         self.register_buffer("mean", mean.to(model.device))
         self.register_buffer("spread", spread.to(model.device))
         self.register_buffer("winning_head", torch.zeros((), dtype=torch.long, device=model.device))
-        self.heads = nn.ModuleList(copy.deepcopy(model.head) for _ in range(count))
+        self.heads = nn.ModuleList(copy.deepcopy(model.head).float() for _ in range(count))
         self.heads.requires_grad_(True)
         is_new = not cast(nn.Linear, model.head[-1]).weight.any()
         is_linear = self.config.problem_type == "single_label_classification" and self.config.head_type == "linear"

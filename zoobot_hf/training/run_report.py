@@ -31,6 +31,7 @@ from zoobot_hf.publishing.run_folder import JudgedLabel, JudgedVotes, draw_figur
 
 from .cross_validation import CrossValidation
 from .head_grid import ModelWithHead
+from .reading import Pictures
 from .vote_report import judged_votes, read_observed_votes, remarks_on_votes, vote_tables
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def write_run(
         kept_epoch=kept.kept_epoch,
         metrics=metrics[kept_stage],
         label_names=config.label_names,
-        images=judged["image"],
+        images=Pictures(judged, processor),
         judged=_judged_table(model, judgement, judged),
         judged_labels=_judged_labels(model, judgement, judged),
         judged_votes=_judged_votes(model, kept, judged),
@@ -245,12 +246,14 @@ def _scores_by_population(judgement: Judgement | None, whose: str) -> dict[str, 
 
 
 def _different_populations(scores: list[Scores]) -> list[Scores]:
-    """The scores as labelled, and those in the sky where its shares are noticeably others."""
+    """The scores as labelled, and those in the sky where a share is another by a tenth of itself: 1% is not 0.2%."""
     first, rest = scores[:1], scores[1:]
     return first + [
         own
         for own in rest
-        if any(abs(own.prevalence[name] - scores[0].prevalence[name]) > 0.01 for name in own.prevalence)
+        if any(
+            not math.isclose(share, first[0].prevalence[name], rel_tol=0.1) for name, share in own.prevalence.items()
+        )
     ]
 
 

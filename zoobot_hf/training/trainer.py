@@ -3,7 +3,6 @@
 import functools
 import logging
 import math
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ import torch
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import CONFIG_NAME
 
-from zoobot_hf.data.images import DECODING_THREADS
 from zoobot_hf.models.heads import loss_weight
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
@@ -30,10 +28,11 @@ from zoobot_hf.publishing.run_folder import save_stage
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .augmentation import augment_galaxies, margin_of_turns
 from .depthwise import fast_depthwise_convolutions
-from .embedding_cache import StoredEmbeddings, Views, read_wide_field, store_embeddings
+from .embedding_cache import StoredEmbeddings, Views, store_embeddings
 from .head_grid import HeadGrid, ModelWithHead
 from .layer_fusion import folded_batch_norms, probe_image
 from .machine import tune_memory_allocator
+from .reading import read_wide_fields, undecoded
 from .weight_averaging import WeightAverage, averaging
 
 logger = logging.getLogger(__name__)
@@ -61,32 +60,30 @@ class GalaxyCollator:
         """A batch of pixel values, or of wide uint8 fields where the examples were prepared for augmentation.
 
         Args:
-            examples: With `image` (PIL), `wide_field` (uint8 tensor) or `embeddings`, and `label` where it is known:
-                a number, a list of numbers, or votes by column.
+            examples: With `image` (of a column that isn't decoded, or PIL), `wide_field` (uint8 tensor) or
+                `embeddings`, and `label` where it is known: a number, a list of numbers, or votes by column.
         """
         if "embeddings" in examples[0]:
             batch = {"embeddings": torch.stack([example["embeddings"] for example in examples])}
         elif "wide_field" in examples[0]:
             batch = {"pixel_values": torch.stack([example["wide_field"] for example in examples])}
         else:
-            batch = dict(self.processor([example["image"] for example in examples]))
+            images = [example["image"] for example in examples]
+            fields = torch.stack(read_wide_fields(images, self.processor, margin=1.0, name="an image"))
+            batch = {"pixel_values": self.processor.rescale_and_normalize(fields)}
         if "label" in examples[0]:
             batch["labels"] = torch.stack([self._label(example["label"]) for example in examples])
         return batch
 
     def _label(self, label: Any) -> Tensor:
         if isinstance(label, dict):
-            columns = self.vote_columns or list(label)
-            # A vote that is None, as a table has what is missing, becomes NaN.
-            return torch.from_numpy(np.array([label[column] for column in columns], dtype=np.float32))
-        return torch.as_tensor(label)
+            label = [label[column] for column in self.vote_columns or label]
+        # A value that is None, as a table has what is missing, becomes NaN.
+        return torch.as_tensor(np.array(label, dtype=np.float32) if isinstance(label, list) else label)
 
 
 class WideFields:
     """A dataset's transform: each image as a wide field, from which the augmentation cuts a turned crop.
-
-    The images of a batch are decoded in threads, since PIL and PyTorch release the interpreter; one after the other in
-    a data loader's worker, which has others beside it: two of them read 540 galaxies a second so, and 490 with threads.
 
     Args:
         processor: The model's image processor.
@@ -103,16 +100,9 @@ class WideFields:
         Args:
             columns: With `image` (path or bytes, not decoded) and `label`.
         """
-        return {"wide_field": self._read_all(columns["image"]), "label": columns["label"]}
-
-    def _read_all(self, images: list[dict[str, Any]]) -> list[Tensor]:
-        if get_worker_info() is not None:
-            return [self._read(image) for image in images]
-        with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            return list(pool.map(self._read, images))
-
-    def _read(self, image: dict[str, Any]) -> Tensor:
-        return read_wide_field(image, self.processor, margin=self.margin, name="an image of the training split")
+        name = "an image of the training split"
+        fields = read_wide_fields(columns["image"], self.processor, margin=self.margin, name=name)
+        return {"wide_field": fields, "label": columns["label"]}
 
 
 class _StageTrainer(Trainer):
@@ -136,8 +126,10 @@ class _StageTrainer(Trainer):
             check_labels(train_dataset, model)
             if args.augment and not args.uses_embedding_cache:
                 margin = margin_of_turns(zoom_range=args.zoom_range, max_shift=args.max_shift)
-                undecoded = train_dataset.cast_column("image", ImageFeature(decode=False))
-                train_dataset = undecoded.with_transform(WideFields(processing_class, margin))
+                train_dataset = undecoded(train_dataset).with_transform(WideFields(processing_class, margin))
+            else:
+                train_dataset = _through_own_reader(train_dataset)
+        kwargs["eval_dataset"] = _through_own_reader(kwargs.get("eval_dataset"))
         kwargs.setdefault("data_collator", GalaxyCollator(processing_class, vote_columns=_vote_columns(model)))
         super().__init__(model, args, processing_class=processing_class, train_dataset=train_dataset, **kwargs)
         if args.early_stopping_patience is not None and args.eval_strategy != "no":
@@ -243,6 +235,14 @@ class _StageTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         return self.get_test_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader[Any]:
+        """Batches for predictions.
+
+        Args:
+            test_dataset: As in `Trainer`.
+        """
+        return super().get_test_dataloader(_through_own_reader(test_dataset))
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The outputs; the loss is that of all galaxies together, whatever the size of the batches.
 
@@ -319,7 +319,8 @@ class FrozenStageTrainer(_StageTrainer):
         **kwargs: What `Trainer` takes: `eval_dataset`, `compute_metrics`, `callbacks`, ...
 
     Raises:
-        ValueError: The dataset's labels aren't the model's, or an optimizer was given although the grid needs its own.
+        ValueError: The dataset's labels aren't the model's, or an optimizer or a loss was given although the grid needs
+            its own.
     """
 
     args: FrozenStageArguments
@@ -328,8 +329,18 @@ class FrozenStageTrainer(_StageTrainer):
     train_dataset: Any
 
     def __init__(self, model: ModelWithHead, args: FrozenStageArguments, **kwargs: Any) -> None:
-        if args.embedding_cache and kwargs.get("optimizers", (None, None)) != (None, None):
-            raise ValueError("optimizers were given, but the grid of heads has its own; set embedding_cache=False.")
+        of_grid = {
+            "optimizers": kwargs.get("optimizers", (None, None)) != (None, None),
+            "compute_loss_func": kwargs.get("compute_loss_func") is not None,
+            "label_smoothing_factor": args.label_smoothing_factor != 0,
+            "gradient_checkpointing": args.gradient_checkpointing,
+        }
+        given = [name for name, is_given in of_grid.items() if is_given]
+        if args.embedding_cache and given:
+            raise ValueError(
+                f"{', '.join(given)} given, but the grid of heads has its own optimizer and loss, and no encoder to "
+                "train; leave it out (the model's configuration has label_smoothing), or set embedding_cache=False."
+            )
         model.freeze_encoder()
         super().__init__(model, args, **kwargs)
         self.classifier = model
@@ -602,8 +613,8 @@ def check_labels(dataset: Dataset, model: ModelWithHead) -> None:
         model: The model.
 
     Raises:
-        ValueError: There is no `label`, or its names, or its vote columns, are others than the model's; votes are
-            negative or fractional, or there are none.
+        ValueError: There is no `label`, or its names, or its vote columns, are others than the model's; labels are no
+            numbers, or a class is missing or no whole number; votes are negative or fractional, or there are none.
     """
     if "label" not in dataset.features:
         raise ValueError(f"the dataset has no column label; it has {', '.join(dataset.column_names)}.")
@@ -617,11 +628,13 @@ def check_labels(dataset: Dataset, model: ModelWithHead) -> None:
     if columns is not None:
         _check_vote_columns(list(feature), columns)
         _check_counts(_read_votes(dataset, columns), columns)
-    elif isinstance(feature, ClassLabel) and feature.names != model.config.label_names:
+        return
+    if isinstance(feature, ClassLabel) and feature.names != model.config.label_names:
         raise ValueError(
             f"the dataset has the labels {', '.join(feature.names)}; the model {', '.join(model.config.label_names)}; "
             "give the model a new head with label_names=dataset.features['label'].names in from_pretrained."
         )
+    _read_numbers(dataset, model)
 
 
 def _check_vote_columns(there: list[str], wanted: list[str]) -> None:
@@ -656,6 +669,14 @@ def _vote_columns(model: ModelWithHead) -> list[str] | None:
     return model.layout.vote_columns if isinstance(model, ZoobotForGalaxyZoo) else None
 
 
+def _through_own_reader(dataset: Any) -> Any:
+    """Datasets of images without a transform of their own, so that the collator reads them; all others as they are."""
+    if isinstance(dataset, dict):
+        return {name: _through_own_reader(split) for name, split in dataset.items()}
+    is_images = isinstance(dataset, Dataset) and isinstance(dataset.features.get("image"), ImageFeature)
+    return undecoded(dataset) if is_images and dataset.format["type"] != "custom" else dataset
+
+
 def _list_splits(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset]:
     if datasets is None:
         return []
@@ -670,19 +691,42 @@ def read_labels(dataset: Dataset, model: ModelWithHead) -> Tensor | None:
         model: The model.
 
     Returns:
-        Class indices (n,); values (n, labels); or votes, float32 (n, answers) in the order of the model's outputs, NaN
-        where they are missing.
+        Class indices, int64 (n,); values, float32 (n, labels), NaN where they are missing; or votes, likewise
+        (n, answers) in the order of the model's outputs.
 
     Raises:
-        ValueError: As `check_labels`, for votes.
+        ValueError: As `check_labels`.
     """
     if "label" not in dataset.column_names:
         return None
     columns = _vote_columns(model)
     if columns is None:
-        return torch.as_tensor(dataset["label"][:])
+        return torch.from_numpy(_read_numbers(dataset, model))
     check_labels(dataset, model)
     return torch.from_numpy(_read_votes(dataset, columns))
+
+
+def _read_numbers(dataset: Dataset, model: ModelWithHead) -> npt.NDArray[Any]:
+    feature, is_single = dataset.features["label"], model.config.problem_type == "single_label_classification"
+    try:
+        if getattr(feature, "dtype", None) in ("string", "large_string"):
+            raise ValueError("they are text")
+        kind: type[np.floating[Any]] = np.float64 if is_single else np.float32
+        numbers = np.array(dataset["label"][:], dtype=kind)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the labels are {feature} and no numbers ({error}); make class names a ClassLabel with "
+            "dataset.class_encode_column('label'), and give several labels as lists of one length."
+        ) from error
+    if not is_single:
+        return numbers
+    wrong = np.flatnonzero(numbers != np.round(numbers))  # of several labels, head_loss tells
+    if numbers.ndim == 1 and len(wrong):
+        raise ValueError(
+            f"{len(wrong)} of {len(numbers)} galaxies have no class, which is a whole number: row {wrong[0]} has the "
+            f"label {numbers[wrong[0]]:g}; leave missing ones out, and learn fractions with problem_type='regression'."
+        )
+    return numbers.astype(np.int64)
 
 
 def _read_votes(dataset: Dataset, columns: list[str]) -> npt.NDArray[np.float32]:
