@@ -996,6 +996,33 @@ def test_demo_does_not_delete_what_it_did_not_make(tmp_path, refused, monkeypatc
     assert (tmp_path / "thesis.tex").read_text() == "My thesis"
 
 
+def test_demo_deletes_only_the_runs_of_demos(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("zoobot_hf.commands.demo.DEMO_GALAXIES", 12)
+    asked = []
+
+    def fail(*arguments, overwrite, **options):
+        asked.append(overwrite)
+        raise ValueError("stopped")
+
+    monkeypatch.setattr("zoobot_hf.commands.demo.finetune", fail)
+    checkpoints = tmp_path / "run-checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "run.json").write_text("{}")
+    assert "already holds a run" in refused("demo", "--output_dir", tmp_path / "run", "--device=cpu")
+    (checkpoints / "run.json").unlink()
+    assert "stopped" in refused("demo", "--output_dir", tmp_path / "run", "--device=cpu")
+    (checkpoints / "run.json").write_text("{}")
+    assert "stopped" in refused("demo", "--output_dir", tmp_path / "run", "--device=cpu")
+    assert asked == [False, True]
+
+
+def test_a_curve_looks_at_its_folder_first(galaxy_folder, encoder_folder, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("zoobot_hf.commands.curve.measure_label_curve", lambda *args, **options: pytest.fail("ran"))
+    (tmp_path / "curve").write_text("My thesis")
+    options = ("--encoder", encoder_folder, "--dataset", galaxy_folder, "--label_column", "ring")
+    assert "curve, which is a file" in refused("curve", *options, "--output_dir", tmp_path / "curve")
+
+
 def test_an_overwriting_run_that_can_not_start_leaves_the_old_one(run_folder, galaxy_folder, encoder_folder, refused):
     before = contents(run_folder.parent)
     (galaxy_folder / "images" / "galaxy_03.png").write_bytes(b"")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 from astropy.table import Table
@@ -321,3 +323,82 @@ def test_letters_outside_ascii_are_written_and_read_back(suffix, folder, table):
     catalog = read_catalog(folder / f"galaxies{suffix}")
     assert catalog["id_str"].tolist() == ["gé0", "plain", "银河"]
     assert catalog["kind"][0] == "Sérsic"
+
+
+IDENTIFIERS = [39627733663191235, 39627733663191237]  # the same number in floating point
+
+
+@pytest.mark.parametrize("suffix", CATALOG_FORMATS)
+def test_whole_numbers_with_a_gap_keep_every_digit(suffix, folder, table):
+    # 999999 is what astropy fills gaps with.
+    table["target"] = pd.array([*IDENTIFIERS, None], dtype="Int64")
+    table["field"] = pd.array([999999, None, 1], dtype="Int64")
+    write_catalog(table, folder / f"galaxies{suffix}")
+    catalog = read_catalog(folder / f"galaxies{suffix}")
+    assert catalog["target"].dropna().tolist() == IDENTIFIERS
+    assert catalog["target"].isna().tolist() == [False, False, True]
+    assert catalog["field"].dropna().tolist() == [999999, 1]
+
+
+def test_whole_numbers_of_another_tools_parquet_keep_every_digit(folder):
+    columns = {"id_str": ["a", "b", "c"], "file_loc": ["0.png"] * 3, "target": [*IDENTIFIERS, None]}
+    pq.write_table(pa.table({**columns, "share": [1.0, 2.0, None]}), folder / "galaxies.parquet")
+    catalog = read_catalog(folder / "galaxies.parquet")
+    assert catalog["target"].dropna().tolist() == IDENTIFIERS
+    assert catalog["share"].dtype == "float64"
+
+
+@pytest.mark.parametrize("suffix", CATALOG_FORMATS)
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "uint32", "uint64", "float16", "UInt64", "Float64"])
+def test_numbers_of_every_type_are_written(suffix, dtype, folder, table):
+    table["number"] = pd.Series([0, 3, 100], dtype=dtype)
+    write_catalog(table, folder / f"galaxies{suffix}")
+    numbers = read_catalog(folder / f"galaxies{suffix}")["number"]
+    assert numbers.tolist() == [0, 3, 100]
+    assert not pd.api.types.is_bool_dtype(numbers)
+
+
+@pytest.mark.parametrize("suffix", [".fits", ".vot", ".ecsv"])
+def test_what_has_no_type_is_written_as_text(suffix, folder, table):
+    table["large"] = np.array([2**64 - 1, 0, 1], dtype="uint64")
+    table["barred"] = pd.array([True, None, False], dtype="boolean")
+    write_catalog(table, folder / f"galaxies{suffix}")
+    catalog = read_catalog(folder / f"galaxies{suffix}")
+    assert catalog["large"].tolist() == [str(2**64 - 1), "0", "1"]
+    assert catalog["barred"].fillna("").tolist() == ["True", "", "False"]
+
+
+def test_a_class_of_a_csv_file_may_be_called_none(folder):
+    (folder / "galaxies.csv").write_text(
+        "id_str,file_loc,bar,votes,share,edge\na,0.png,None,NA,nan,True\nb,1.png,weak,3,2.0,\nc,2.png,NA,4,3.0,False\n"
+    )
+    catalog = read_catalog(folder / "galaxies.csv")
+    assert catalog["bar"].tolist()[:2] == ["None", "weak"]
+    assert catalog["bar"].isna().tolist() == [False, False, True]
+    assert (catalog["votes"].dtype, catalog["votes"].dropna().tolist()) == ("Int64", [3, 4])
+    np.testing.assert_array_equal(catalog["share"], [np.nan, 2, 3])
+    assert catalog["edge"].dropna().tolist() == [True, False]
+    with pytest.raises(CatalogError, match="column 'bar' has no label for 1 galaxy: 'c'"):
+        read_catalog(folder / "galaxies.csv", label_column="bar")
+
+
+def test_a_name_that_reads_as_a_missing_number_is_a_name(folder):
+    (folder / "galaxies.csv").write_text("id_str,file_loc\n007,0.png\nNA,1.png\n")
+    assert read_catalog(folder / "galaxies.csv")["id_str"].tolist() == ["007", "NA"]
+
+
+def test_a_comma_at_the_end_of_every_row_is_no_value(folder):
+    (folder / "galaxies.csv").write_text("id_str,file_loc,ring\na,0.png,1,\nb,1.png,0,\n")
+    catalog = read_catalog(folder / "galaxies.csv", label_column="ring")
+    assert [catalog[name].tolist() for name in ("id_str", "ring")] == [["a", "b"], [1, 0]]
+    (folder / "galaxies.csv").write_text("id_str,file_loc\n1,a,0.png\n2,b,1.png\n")
+    with pytest.raises(CatalogError, match="more values than it has names of columns; name every column"):
+        read_catalog(folder / "galaxies.csv")
+
+
+def test_a_table_without_images_is_read_where_none_are_needed(folder, table):
+    write_catalog(table[["id_str", "ring"]], folder / "galaxies.csv")
+    catalog = read_catalog(folder / "galaxies.csv", needs_locations=False)
+    assert catalog["id_str"].tolist() == NAMES
+    with pytest.raises(CatalogError, match="has no column 'file_loc'"):
+        read_catalog(folder / "galaxies.csv")

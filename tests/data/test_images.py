@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
+from astropy.io import fits
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -292,3 +293,17 @@ def test_the_check_names_the_first_five(tmp_path):
     ) as error:
         check_images(dataset)
     assert "5.png" not in str(error.value)
+
+
+def test_images_that_are_refused_later_are_listed_too(galaxy, tmp_path):
+    def refuse(image):
+        raise ValueError("its planes are odd.")
+
+    fits.PrimaryHDU(np.zeros((8, 8))).writeto(tmp_path / "0.fits")
+    Image.new("F", (8, 8)).save(tmp_path / "1.tif")
+    saved(galaxy, tmp_path / "2.png")  # of these none is refused
+    dataset = dataset_of([tmp_path / name for name in ("0.fits", "1.tif", "2.png")])
+    assert find_unreadable_images(dataset, prepare=refuse)["id_str"].tolist() == ["0", "1"]
+    with pytest.raises(UnreadableImageError, match=r"1\.tif: its planes are odd\. Mend"):
+        check_images(dataset, prepare=refuse)
+    check_images(dataset)

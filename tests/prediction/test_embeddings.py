@@ -189,6 +189,21 @@ def test_components_that_do_not_fit_are_refused(embed, vit_model, batch_norm_mod
         embed(model=batch_norm_model, pca=tmp_path / "embedded", output=tmp_path / "other")
     with pytest.raises(ValueError, match="pca is 50; 40 galaxies with embeddings of 16 dimensions allow 1 to 16"):
         embed(pca=50, output=tmp_path / "many")
+    assert not (tmp_path / "many").exists()
+
+
+def test_a_folder_in_which_no_galaxy_was_done_is_begun_anew(embed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings, "fit_components", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            embed(pca=3)
+    assert embed(pca=2)[1].shape == (40, 2)
+
+
+def test_an_output_that_is_a_file_is_refused(embed, tmp_path):
+    (tmp_path / "embedded").write_text("My thesis")
+    with pytest.raises(SurveyError, match="embedded, which is a file; choose a folder"):
+        embed()
 
 
 # Predictions from embeddings ----------------------------------------------------------------------------------------

@@ -140,3 +140,20 @@ def test_what_is_not_finished_or_damaged_is_not_merged(survey_folder, tmp_path):
 def test_formats_and_tables_that_do_not_exist_are_refused(survey_folder, tmp_path, name, table, message):
     with pytest.raises(ValueError, match=message):
         merge_predictions(survey_folder, tmp_path / name, table=table)
+
+
+@pytest.mark.parametrize("suffix", [".fits", ".vot"])
+def test_long_numbers_of_the_catalog_keep_every_digit(suffix, survey_folder, galaxy_folder, tmp_path):
+    catalog = pd.read_csv(galaxy_folder / "catalog.csv")[["id_str"]]  # no images are needed
+    catalog["target"] = pd.array([None, *range(39627733663191235, 39627733663191235 + 39)], dtype="Int64")
+    catalog.to_csv(galaxy_folder / "targets.csv", index=False)
+    merge_predictions(survey_folder, tmp_path / f"merged{suffix}", catalog=galaxy_folder / "targets.csv")
+    target = Table.read(tmp_path / f"merged{suffix}")["target"]
+    assert target.tolist() == [None, *catalog["target"][1:]]
+
+
+def test_a_fits_table_names_a_model_whose_path_is_not_in_ascii(survey_folder, tmp_path):
+    path = survey_folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": "modèle"}))
+    merge_predictions(survey_folder, tmp_path / "merged.fits")
+    assert fits.getheader(tmp_path / "merged.fits", 1)["MODEL"] == r"mod\xe8le"

@@ -102,3 +102,17 @@ def test_files_that_are_no_catalogs_are_refused(table, tmp_path):
         check_catalog(tmp_path / "bad.parquet")
     with pytest.raises(CatalogError, match="does not exist"):
         check_catalog(tmp_path / "none.csv")
+
+
+def test_a_comma_at_the_end_of_every_row_is_no_value(tmp_path):
+    (tmp_path / "galaxies.csv").write_text("id_str,file_loc,ring\na,0.png,1,\nb,1.png,0,\n")
+    assert next(read_pieces(tmp_path / "galaxies.csv"))["id_str"].tolist() == ["a", "b"]
+    (tmp_path / "galaxies.csv").write_text("id_str,file_loc\n1,a,0.png\n2,b,1.png\n")
+    with pytest.raises(CatalogError, match="more values than it has names of columns; name every column"):
+        next(read_pieces(tmp_path / "galaxies.csv"))
+
+
+def test_a_compressed_archive_is_to_be_unpacked(tmp_path):
+    (tmp_path / "galaxies.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(CatalogError, match="unpack it where it is compressed"):
+        next(read_pieces(tmp_path / "galaxies.tar.gz"))

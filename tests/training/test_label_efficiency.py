@@ -172,3 +172,9 @@ def test_tables_figure_and_extrapolation_are_written(measure, tmp_path):
     value = facts["extrapolation"]["more_labels"]["value"]
     assert value == (curve.extrapolation.more.value if math.isfinite(curve.extrapolation.more.value) else None)
     assert facts["extrapolation"]["in_words"] == curve.extrapolation.describe()
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "curve").write_text("My thesis")
+    with pytest.raises(NotADirectoryError, match="curve, which is a file; choose a folder"):
+        label_efficiency.make_curve_folder(tmp_path / "curve")

@@ -7,7 +7,7 @@ from datasets import DatasetDict
 
 from ..models.conversion import image_processor_for
 from ..models.modeling_zoobot import ZoobotForImageClassification
-from ..training.label_efficiency import NUMBERS, SEEDS, measure_label_curve, write_label_curve
+from ..training.label_efficiency import NUMBERS, SEEDS, make_curve_folder, measure_label_curve, write_label_curve
 from .inputs import choose_device, load_dataset
 from .options import add_device, add_encoder_and_dataset, add_seed, number
 
@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    make_curve_folder(options.output_dir)  # known before the measurement, which takes long
     device = choose_device(options.device)
     dataset = load_dataset(options)
     features = (next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset).features

@@ -8,7 +8,7 @@ from transformers import set_seed
 from ..data.rings import load_rings
 from ..models.conversion import EMBEDDED_ENCODER, image_processor_for
 from ..models.modeling_zoobot import ZoobotForImageClassification
-from ..training.finetuning import finetune
+from ..training.finetuning import check_output, finetune
 from .finetune import print_report
 from .inputs import choose_device, stage_arguments
 from .options import add_device, add_seed
@@ -16,6 +16,7 @@ from .options import add_device, add_seed
 DEMO_GALAXIES = 1500
 DRAWN_PIXELS = 128
 DEMO_UNFROZEN_EPOCHS = 5
+MARK = "demo"  # among the checkpoints, says that a demo made them
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    checkpoints = Path(f"{options.output_dir.resolve()}-checkpoints")
+    is_own = (checkpoints / MARK).is_file()
+    check_output(options.output_dir, overwrite=is_own)
     choose_device(options.device)
     set_seed(options.seed)
     dataset = load_rings("simulated", seed=options.seed, count=DEMO_GALAXIES, size=DRAWN_PIXELS)
@@ -32,15 +36,20 @@ def run(options: argparse.Namespace) -> int:
     model = ZoobotForImageClassification.from_pretrained(EMBEDDED_ENCODER, label_names=names)
     frozen, unfrozen = stage_arguments(options)
     unfrozen.num_train_epochs = DEMO_UNFROZEN_EPOCHS
-    finetuned = finetune(
-        model,
-        image_processor_for(EMBEDDED_ENCODER),
-        dataset,
-        options.output_dir,
-        frozen=frozen,
-        unfrozen=unfrozen,
-        overwrite=True,
-        dataset_name="simulated",
-    )
+    try:
+        finetuned = finetune(
+            model,
+            image_processor_for(EMBEDDED_ENCODER),
+            dataset,
+            options.output_dir,
+            frozen=frozen,
+            unfrozen=unfrozen,
+            overwrite=is_own,
+            dataset_name="simulated",
+        )
+    finally:
+        # What an interrupted demo left is replaced too.
+        if checkpoints.is_dir():
+            (checkpoints / MARK).touch()
     print_report(finetuned)
     return 0

@@ -18,7 +18,7 @@ from ..evaluation.vote_tables import advanced_table, friendly_table
 from ..models.configuration_zoobot import PREVALENCES, ZoobotConfig
 from ..prediction.embeddings import predict_embeddings
 from ..prediction.galaxies import predict_galaxies
-from ..prediction.pieces import ARCHIVE, names_hub_dataset
+from ..prediction.pieces import names_archive, names_hub_dataset
 from ..prediction.runs import Survey
 from ..prediction.survey import predict_survey
 from .inputs import HUB_OPTIONS, choose_device, find_images, load_classifier
@@ -117,7 +117,7 @@ def _predict_embeddings(options: argparse.Namespace) -> Survey:
 
 
 def _predict_table(options: argparse.Namespace) -> int:
-    if options.images.endswith(ARCHIVE) or names_hub_dataset(options.images):
+    if names_archive(options.images) or names_hub_dataset(options.images):
         raise ValueError(
             f"output is {options.output}, one table, and the images are in an archive or a Hub dataset; choose a "
             "folder, from which zoobot-hf merge makes one table."

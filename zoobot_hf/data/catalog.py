@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from xml.parsers.expat import ExpatError
 
 import numpy as np
@@ -58,24 +59,43 @@ _READ_ERRORS = (
     fits.VerifyError,
     zlib.error,
 )
+# Where a column of a CSV file is text. Pandas has "None" as well, which a class may be called.
+MISSING_TEXTS = ["", "#N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"]
+# VOTable has only some types of numbers, and astropy writes int8 to FITS as logicals.
+_WIDER_TYPES = {
+    "int8": "int16",
+    "uint8": "int16",
+    "uint16": "int32",
+    "uint32": "int64",
+    "uint64": "int64",
+    "float16": "float32",
+}
 
 
 class CatalogError(ValueError):
     """A catalog, a folder of images or its labels are not what they have to be; the message names what and where."""
 
 
-def read_catalog(path: str | Path, *, label_column: str | None = None, images_must_exist: bool = True) -> pd.DataFrame:
+def read_catalog(
+    path: str | Path,
+    *,
+    label_column: str | None = None,
+    images_must_exist: bool = True,
+    needs_locations: bool = True,
+) -> pd.DataFrame:
     """A checked catalog from a CSV, Parquet, FITS, VOTable or ECSV file.
 
     Args:
         path: The file. Its suffix says the format; `.gz` may follow it, except for Parquet.
         label_column: The column that has to have a label in every row, if labels are needed.
         images_must_exist: Whether an image that is not there is an error. A survey that lists its failures says no.
+        needs_locations: Whether a table without `file_loc` is an error; it has no images then.
 
     Returns:
         The file's rows in their order. `id_str` and `file_loc` are text; `file_loc` is absolute, and what was relative
         in the file is relative to the file's folder. The other columns are as they were, except that columns with
-        several values per row, which some FITS tables have, are left out.
+        several values per row, which some FITS tables have, are left out. Whole numbers with missing ones among them
+        are Int64. In a CSV file a class may be called "None", but not "NA", "NaN", "NULL" or "N/A", which are missing.
 
     Raises:
         CatalogError: The file is not there, has an unknown suffix or can't be read; a column is missing; there are no
@@ -83,18 +103,16 @@ def read_catalog(path: str | Path, *, label_column: str | None = None, images_mu
     """
     path = Path(path).absolute()
     table = _read_table(path)
-    _check_columns(table, path=path, needed=["id_str", "file_loc", *([label_column] if label_column else [])])
+    names = ["id_str", "file_loc"] if needs_locations or "file_loc" in table.columns else ["id_str"]
+    _check_columns(table, path=path, needed=[*names, *([label_column] if label_column else [])])
     if table.empty:
         raise CatalogError(f"catalog {path} has no rows; it needs one for each galaxy.")
-    table = table.reset_index(drop=True).assign(
-        id_str=read_names(table["id_str"].reset_index(drop=True), source=f"catalog {path}"),
-        file_loc=[
-            os.path.join(path.parent, location)
-            for location in read_names(table["file_loc"].reset_index(drop=True), source=f"catalog {path}")
-        ],
-    )
+    table = table.reset_index(drop=True)
+    table = table.assign(**{name: read_names(table[name], source=f"catalog {path}") for name in names})
+    if "file_loc" in names:
+        table["file_loc"] = [os.path.join(path.parent, location) for location in table["file_loc"]]
     _check_identifiers_are_unique(table["id_str"], path=path)
-    if images_must_exist:
+    if images_must_exist and "file_loc" in names:
         _check_images_exist(table, path=path)
     if label_column:
         check_labels_exist(table["id_str"], labels=table[label_column], column=label_column)
@@ -189,7 +207,8 @@ def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
         elif file_format == "parquet":
             table.to_parquet(partial_path, index=False)
         else:
-            _to_astropy(table, file_format=file_format).write(partial_path, format=file_format, overwrite=True)
+            columns = {name: column_for_astropy(table[name], file_format=file_format) for name in table.columns}
+            Table(columns).write(partial_path, format=file_format, overwrite=True)
         partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
@@ -293,18 +312,43 @@ def check_catalog_is_kept(catalog: Path, *, output: Path) -> None:
         raise CatalogError(f"output is {output}, the catalog itself, which would be lost; choose another file.")
 
 
-def text_for_astropy(column: pd.Series, *, file_format: str) -> npt.NDArray[np.str_] | npt.NDArray[np.bytes_]:
-    """Text of a fixed width, which FITS and VOTable take, as they don't take Python objects.
-
-    For FITS, letters outside ASCII are encoded in UTF-8, which astropy reads there and refuses to write.
+def read_csv_header(path: Path) -> list[str]:
+    """The names of a CSV file's columns.
 
     Args:
-        column: Text, or anything else whose text is wanted; what is missing becomes empty.
+        path: The file.
+
+    Raises:
+        ValueError: The first row has more values than there are names. A comma at its end is no value.
+    """
+    beginning = pd.read_csv(path, nrows=1, dtype=str)
+    # Of a value too many, pandas makes an index.
+    if not isinstance(beginning.index, pd.RangeIndex) and beginning.iloc[:, -1].notna().any():
+        raise ValueError("its first row has more values than it has names of columns; name every column")
+    return list(beginning.columns)
+
+
+def column_for_astropy(column: pd.Series, *, file_format: str) -> MaskedColumn | npt.NDArray[np.generic]:
+    """A column as FITS and VOTable take it, with the same values.
+
+    Numbers of a type that one of them lacks get a wider type, or are text where there is none. Missing whole numbers
+    are masked. Booleans of which some are missing are text, because astropy writes a missing one to FITS as true.
+
+    Args:
+        column: Anything; what is neither a number nor a boolean becomes text.
         file_format: As in `CATALOG_FORMATS`.
     """
-    text = column.astype(object).where(column.notna(), "").astype(str)
-    values = text.to_numpy(dtype=str)
-    return np.char.encode(values, "utf-8") if file_format == "fits" and not text.map(str.isascii).all() else values
+    missing = column.isna()
+    if not pd.api.types.is_numeric_dtype(column) or (pd.api.types.is_bool_dtype(column) and missing.any()):
+        return _text_for_astropy(column, file_format=file_format)
+    if column.dtype in ("uint64", "UInt64") and column.max() > np.iinfo(np.int64).max:
+        return _text_for_astropy(column, file_format=file_format)
+    name = getattr(column.dtype, "numpy_dtype", column.dtype).name
+    dtype: Any = np.dtype(_WIDER_TYPES.get(name, name))
+    if missing.any() and dtype.kind == "i":
+        # FITS writes the masked ones as the fill value. Astropy's own, 999999, may be another galaxy's number.
+        return MaskedColumn(column.fillna(0).to_numpy(dtype), mask=missing, fill_value=np.iinfo(dtype).min)
+    return np.asarray(column.to_numpy(dtype, na_value=np.nan) if dtype.kind == "f" else column.to_numpy(dtype))
 
 
 def _find_format(path: Path) -> str:
@@ -331,7 +375,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         if file_format == "csv":
             return _read_csv(path)
         if file_format == "parquet":
-            return pd.read_parquet(path)
+            return _read_parquet(path)
         return _read_with_astropy(path, file_format=file_format)
     except _READ_ERRORS as error:
         raise CatalogError(
@@ -341,10 +385,42 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, low_memory=False)
-    # Read apart, and as they are written: a galaxy may be called "007", and one called "NA" is not missing.
-    names = pd.read_csv(path, usecols=lambda name: name in {"id_str", "file_loc"}, dtype=str, keep_default_na=False)
-    return table.assign(**{str(name): names[name] for name in names.columns})
+    read_csv_header(path)
+    # Without index_col=False, a comma at the end of every row makes an index of the first column.
+    table = pd.read_csv(path, low_memory=False, index_col=False)
+    # Read again, as they are written: a galaxy may be called "007" or "NA", and a class "None". Whole numbers with a
+    # gap were read as floating-point ones, which lose the last digits of a long number.
+    names = {"id_str", "file_loc"}
+    text = {name for name in table.columns if pd.api.types.infer_dtype(table[name], skipna=True) == "string"} | names
+    whole = {name for name in table.columns if _is_whole_with_gaps(table[name])} - names
+    places = [place for place, name in enumerate(table.columns) if name in text | whole]
+    missing = {name: [""] if name in names else MISSING_TEXTS for name in text | whole}
+    written = pd.read_csv(path, usecols=places, dtype=str, keep_default_na=False, na_values=missing, index_col=False)
+    written.columns = table.columns[places]
+    for name in written.columns:
+        table[name] = _read_whole_numbers(written[name], table[name]) if name in whole else written[name]
+    return table
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path)
+    # Here too pandas makes floating-point numbers of whole ones with a gap.
+    suspects = [name for name in table.columns if _is_whole_with_gaps(table[name])]
+    exact = pd.read_parquet(path, columns=suspects, dtype_backend="numpy_nullable")
+    return table.assign(**{name: exact[name] for name in suspects if pd.api.types.is_integer_dtype(exact[name])})
+
+
+def _is_whole_with_gaps(column: pd.Series) -> bool:
+    numbers = column.dropna()
+    return pd.api.types.is_float_dtype(column) and 0 < len(numbers) < len(column) and bool((numbers % 1 == 0).all())
+
+
+def _read_whole_numbers(written: pd.Series, numbers: pd.Series) -> pd.Series:
+    """Int64 from what is written, or the numbers as they are where some are written as "3.0"."""
+    digits = written.where(numbers.notna())
+    if not digits.dropna().str.fullmatch(r"\s*[+-]?\d+\s*").all():
+        return numbers
+    return pd.to_numeric(digits, dtype_backend="numpy_nullable")
 
 
 def _read_with_astropy(path: Path, *, file_format: str) -> pd.DataFrame:
@@ -430,12 +506,11 @@ def _name_classes_after_subfolders(folder: Path, *, locations: list[str]) -> lis
     return [part[0] for part in parts]
 
 
-def _to_astropy(table: pd.DataFrame, *, file_format: str) -> Table:
-    columns = {
-        name: table[name]
-        if pd.api.types.is_numeric_dtype(table[name])
-        else text_for_astropy(table[name], file_format=file_format)
-        for name in table.columns
-    }
-    numbers = Table.from_pandas(table[[name for name in columns if isinstance(columns[name], pd.Series)]])
-    return Table({name: numbers[name] if name in numbers.colnames else columns[name] for name in columns})
+def _text_for_astropy(column: pd.Series, *, file_format: str) -> npt.NDArray[np.str_] | npt.NDArray[np.bytes_]:
+    """Text of a fixed width, as FITS and VOTable don't take Python objects; what is missing becomes empty.
+
+    For FITS, letters outside ASCII are encoded in UTF-8, which astropy reads there and refuses to write.
+    """
+    text = column.astype(object).where(column.notna(), "").astype(str)
+    values = text.to_numpy(dtype=str)
+    return np.char.encode(values, "utf-8") if file_format == "fits" and not text.map(str.isascii).all() else values

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -277,11 +277,15 @@ def _read_batch(read: Callable[[Item], Result], items: list[Item], collate: Call
     return collate([read(item) for item in items])
 
 
-def find_unreadable_images(dataset: Dataset, *, description: str = "checking images") -> pd.DataFrame:
+def find_unreadable_images(
+    dataset: Dataset, *, prepare: Callable[[Any], object] | None = None, description: str = "checking images"
+) -> pd.DataFrame:
     """A row for each image that can't be opened: `id_str`, `file_loc` and `reason`, in the dataset's order.
 
     Args:
         dataset: With `id_str` and `image`.
+        prepare: What the opened images are for, such as a processor's `crop_and_resize`; it raises ValueError for one
+            that it refuses. It is tried on FITS, floating-point and 16-bit images, the only ones it may refuse.
         description: What the progress bar says.
     """
     undecoded = dataset.select_columns(["id_str", "image"]).cast_column("image", ImageFeature(decode=False))
@@ -291,8 +295,10 @@ def find_unreadable_images(dataset: Dataset, *, description: str = "checking ima
         if row["image"] is None:
             return {"id_str": row["id_str"], "file_loc": "", "reason": "there is no image"}
         try:
-            open_image(row["image"]["bytes"] if row["image"]["bytes"] is not None else row["image"]["path"])
-        except UnreadableImageError as error:
+            image = open_image(row["image"]["bytes"] if row["image"]["bytes"] is not None else row["image"]["path"])
+            if prepare is not None and _may_be_refused(image):
+                prepare(image)
+        except ValueError as error:
             return {"id_str": row["id_str"], "file_loc": row["image"]["path"] or "", "reason": str(error)}
         return None
 
@@ -301,20 +307,28 @@ def find_unreadable_images(dataset: Dataset, *, description: str = "checking ima
     return pd.DataFrame([row for row in found if row], columns=["id_str", "file_loc", "reason"])
 
 
-def check_images(dataset: Dataset, *, description: str = "checking images") -> None:
+def _may_be_refused(image: Image.Image | Pixels | Planes) -> bool:
+    return isinstance(image, dict) or (isinstance(image, Image.Image) and image.mode.startswith(("F", "I")))
+
+
+def check_images(
+    dataset: Dataset, *, prepare: Callable[[Any], object] | None = None, description: str = "checking images"
+) -> None:
     """Checks that every image of a dataset can be opened.
 
     Args:
         dataset: With `id_str` and `image`.
+        prepare: As in `find_unreadable_images`.
         description: What the progress bar says.
 
     Raises:
         UnreadableImageError: Some can't; the message has the first five with their reasons, and how many there are.
     """
-    unreadable = find_unreadable_images(dataset, description=description)
+    unreadable = find_unreadable_images(dataset, prepare=prepare, description=description)
     if len(unreadable):
         examples = "; ".join(
-            f"{row['file_loc'] or row['id_str']}: {row['reason']}" for row in unreadable.head(5).to_dict("records")
+            f"{row['file_loc'] or row['id_str']}: {row['reason'].rstrip('.')}"
+            for row in unreadable.head(5).to_dict("records")
         )
         more = "; ..." if len(unreadable) > 5 else ""
         raise UnreadableImageError(

@@ -39,6 +39,24 @@ class Components(NamedTuple):
         return hashlib.sha256(save(self._asdict())).hexdigest()
 
 
+def check_dimensions(dimensions: int, *, galaxies: int, size: int) -> None:
+    """Checks that principal components can be fitted.
+
+    Args:
+        dimensions: How many directions to keep.
+        galaxies: How many there are to fit them on.
+        size: Dimensions of the embeddings.
+
+    Raises:
+        ValueError: More dimensions than galaxies or than the embeddings have, or none.
+    """
+    if not 0 < dimensions <= min(galaxies, size):
+        raise ValueError(
+            f"pca is {dimensions}; {galaxies} galaxies with embeddings of {size} dimensions allow 1 to "
+            f"{min(galaxies, size)}."
+        )
+
+
 def fit_components(embeddings: npt.NDArray[np.floating[Any]], *, dimensions: int) -> Components:
     """The principal components of embeddings; the same embeddings give the same components.
 
@@ -47,14 +65,9 @@ def fit_components(embeddings: npt.NDArray[np.floating[Any]], *, dimensions: int
         dimensions: How many directions to keep.
 
     Raises:
-        ValueError: More dimensions than galaxies or than the embeddings have.
+        ValueError: As in `check_dimensions`.
     """
-    galaxies, size = embeddings.shape
-    if not 0 < dimensions <= min(galaxies, size):
-        raise ValueError(
-            f"pca is {dimensions}; {galaxies} galaxies with embeddings of {size} dimensions allow 1 to "
-            f"{min(galaxies, size)}."
-        )
+    check_dimensions(dimensions, galaxies=len(embeddings), size=embeddings.shape[1])
     # Float64, or the variance of many galaxies loses digits; "full", because the others draw or guess.
     fitted = PCA(dimensions, svd_solver="full").fit(embeddings.astype(np.float64))
     parts = (fitted.mean_, fitted.components_, fitted.explained_variance_ratio_)

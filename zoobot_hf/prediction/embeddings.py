@@ -25,7 +25,7 @@ from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 from zoobot_hf.training.embedding_cache import DTYPES, hash_weights
 from zoobot_hf.training.machine import InferenceRunner, prepare_processes, uses_bf16
 
-from .components import Components, fit_components, read_components, write_components
+from .components import Components, check_dimensions, fit_components, read_components, write_components
 from .galaxies import Classifier, Galaxy, Row, check_prevalence, inference_runner, read_outputs, run_galaxies
 from .pieces import CatalogFacts, Source, attach_readers, check_catalog, find_source, name_of, read_pieces
 from .runs import (
@@ -110,6 +110,9 @@ def embed_survey(
     encoder.to(device)
     source = find_source(catalog)
     facts = check_catalog(source)
+    if isinstance(pca, int):
+        sampled = min(facts.galaxies, GALAXIES_FOR_PCA)
+        check_dimensions(pca, galaxies=sampled, size=encoder.config.embedding_size)
     wanted = describe_run(
         "embeddings",
         model=encoder,

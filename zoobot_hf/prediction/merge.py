@@ -18,9 +18,9 @@ from zoobot_hf.data.catalog import (
     CATALOG_FORMATS,
     CatalogError,
     check_catalog_is_kept,
+    column_for_astropy,
     describe,
     read_catalog,
-    text_for_astropy,
 )
 from zoobot_hf.evaluation.vote_tables import advanced_table, friendly_table
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
@@ -65,7 +65,9 @@ def merge_predictions(
     if catalog is not None:
         check_catalog_is_kept(Path(catalog), output=path)
     manifest = _read_finished(folder)
-    joined = None if catalog is None else read_catalog(catalog, images_must_exist=False).set_index("id_str")
+    joined = None
+    if catalog is not None:
+        joined = read_catalog(catalog, images_must_exist=False, needs_locations=False).set_index("id_str")
     pieces = _read_pieces(folder, manifest, table=table, joined=joined)
     facts = {
         "MODEL": manifest["model"],
@@ -154,15 +156,15 @@ def _write_csv(pieces: Iterator[pd.DataFrame], path: Path) -> int:
 def _write_with_astropy(
     whole: pd.DataFrame, path: Path, facts: dict[str, str], *, joined: pd.DataFrame | None, file_format: str
 ) -> None:
-    table = Table(meta=facts if file_format == "fits" else {})
+    # FITS headers are in ASCII, and the model may be a path that is not.
+    header = {name: value.encode("ascii", "backslashreplace").decode() for name, value in facts.items()}
+    table = Table(meta=header if file_format == "fits" else {})
     for name in whole.columns:
-        column = whole[name]
-        is_number = pd.api.types.is_numeric_dtype(column)
-        table[name] = column.to_numpy() if is_number else text_for_astropy(column, file_format=file_format)
+        table[name] = column_for_astropy(whole[name], file_format=file_format)
         is_own = joined is None or name not in joined.columns
         description = describe_column(str(name)) if is_own else ""
         table[name].description = description or None
-        if description and pd.api.types.is_float_dtype(column):
+        if description and pd.api.types.is_float_dtype(whole[name]):
             table[name].unit = units.dimensionless_unscaled
     if file_format == "fits":
         table.write(path, format="fits", overwrite=True)

@@ -18,7 +18,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zoobot_hf.data.catalog import CATALOG_FORMATS, CatalogError, describe, find_catalog, read_galaxies
+from zoobot_hf.data.catalog import (
+    CATALOG_FORMATS,
+    CatalogError,
+    describe,
+    find_catalog,
+    read_csv_header,
+    read_galaxies,
+)
 from zoobot_hf.data.dataset import HUB_IDENTIFIER
 
 from .archives import attach_member_reader, read_archive
@@ -71,6 +78,15 @@ def names_hub_dataset(source: str) -> bool:
     """
     is_file = source.lower().endswith((*CATALOG_FORMATS, ".gz", ARCHIVE))
     return HUB_IDENTIFIER.fullmatch(source) is not None and not is_file and not Path(source).exists()
+
+
+def names_archive(source: str) -> bool:
+    """Whether this reads as the name of a tar archive, also of a compressed one, which `read_archive` refuses.
+
+    Args:
+        source: What a user gave as images.
+    """
+    return source.lower().removesuffix(".gz").endswith(ARCHIVE)
 
 
 def read_pieces(source: Source, *, rows: int = ROWS_AT_ONCE) -> Iterator[pd.DataFrame]:
@@ -190,7 +206,7 @@ def _read_parts(source: Source) -> Iterator[pd.DataFrame]:
                 yield from (_as_rows(part, path=path) for part in _parquet_parts(path))
             elif path.is_file() and path.name.lower().removesuffix(".gz").endswith(".csv"):
                 yield from (_as_rows(part, path=path) for part in _csv_parts(path))
-            elif path.is_file() and suffix == ARCHIVE:
+            elif path.is_file() and names_archive(path.name):
                 yield from read_archive(path, rows=ROWS_AT_ONCE)
             else:
                 yield read_galaxies(path, images_must_exist=False)[NEEDED]
@@ -221,9 +237,12 @@ def _parquet_parts(path: Path) -> Iterator[pd.DataFrame]:
 
 
 def _csv_parts(path: Path) -> Iterator[pd.DataFrame]:
-    _check_columns(list(pd.read_csv(path, nrows=0).columns), path=path)
-    # As they are written: a galaxy may be called "007", and one called "NA" is not missing.
-    with pd.read_csv(path, usecols=NEEDED, dtype=str, keep_default_na=False, chunksize=ROWS_AT_ONCE) as parts:
+    _check_columns(read_csv_header(path), path=path)
+    # As they are written: a galaxy may be called "007", and one called "NA" is not missing. Without index_col=False, a
+    # comma at the end of every row makes an index of the first column.
+    with pd.read_csv(
+        path, usecols=NEEDED, dtype=str, keep_default_na=False, index_col=False, chunksize=ROWS_AT_ONCE
+    ) as parts:
         yield from parts
 
 

@@ -338,13 +338,18 @@ def start_run(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         wanted: From `describe_run`.
 
     Raises:
-        SurveyError: The folder holds a run with another model, catalog or purpose, or no manifest that can be read.
+        SurveyError: The folder is a file, or holds a run with another model, catalog or purpose, or no manifest that
+            can be read.
     """
+    if folder.exists() and not folder.is_dir():
+        raise SurveyError(f"output is {folder}, which is a file; choose a folder.")
     contents = wanted["contents"]
     path, state = folder / "manifest.json", PartialState()
     earlier = read_manifest(folder)
     if earlier is None and (folder / contents).exists():
         raise SurveyError(f"{folder} has {contents} and no manifest.json that can be read; choose another output.")
+    if earlier is not None and [path.name for path in folder.rglob("*") if path.is_file()] == ["manifest.json"]:
+        earlier = None  # it failed before it had anything to lose
     for name, difference in FIXED.items():
         if earlier is not None and earlier.get(name) != wanted.get(name):
             raise SurveyError(
@@ -404,7 +409,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
     return manifest
 

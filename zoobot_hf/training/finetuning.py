@@ -159,7 +159,8 @@ def finetune(
     if not skip_unfrozen and unfrozen.last_blocks is not None:
         model.unfreeze_encoder(unfrozen.last_blocks)  # raises now what it would raise after the frozen stage
     check_output(output_dir, resume=resume, overwrite=overwrite)
-    check_images(concatenate_datasets([split.select_columns(["id_str", "image"]) for split in dataset.values()]))
+    images = concatenate_datasets([split.select_columns(["id_str", "image"]) for split in dataset.values()])
+    check_images(images, prepare=processor.crop_and_resize)
     _claim_output(output_dir, work_dir, delete_first=overwrite)
     _check_same_run(work_dir, _fingerprint(model, processor, dataset, (frozen, unfrozen), balance))
     counts = count_labels(dataset)
@@ -425,8 +426,8 @@ def _check_same_run(work_dir: Path, fingerprint: dict[str, Any]) -> None:
     changed = [name for name, value in fingerprint.items() if earlier.get(name) != value]
     if changed:
         raise ValueError(
-            f"the run in {work_dir} had another {', '.join(changed)}; resume with the same data and arguments, or "
-            "start anew (overwrite=True, --overwrite)."
+            f"the run in {work_dir} had another {', '.join(changed)}; resume with the same data and arguments, and the "
+            "model as from_pretrained gives it, or start anew (overwrite=True, --overwrite)."
         )
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:

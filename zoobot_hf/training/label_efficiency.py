@@ -173,6 +173,22 @@ def summarise_runs(runs: pd.DataFrame, *, classes: int, seconds: dict[str, float
     return LabelCurve(table, runs, law, seconds)
 
 
+def make_curve_folder(output_dir: str | Path) -> Path:
+    """The folder that a curve is written to, made where it isn't there.
+
+    Args:
+        output_dir: The folder.
+
+    Raises:
+        NotADirectoryError: It is a file.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output_dir is {folder}, which is a file; choose a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_label_curve(curve: LabelCurve, output_dir: str | Path) -> list[Path]:
     """The files that were written: two tables, a figure twice, and the extrapolation.
 
@@ -180,9 +196,11 @@ def write_label_curve(curve: LabelCurve, output_dir: str | Path) -> list[Path]:
         curve: From `measure_label_curve`.
         output_dir: Made where it isn't there; gets `label_curve.csv`, `label_curve_runs.csv`, `label_curve.json`,
             `label_curve.png` and `label_curve.pdf`.
+
+    Raises:
+        NotADirectoryError: It is a file.
     """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_curve_folder(output_dir)
     paths = [folder / f"label_curve{end}" for end in (".csv", "_runs.csv", ".json", ".png", ".pdf")]
     write_catalog(curve.table, paths[0])
     write_catalog(curve.runs, paths[1])
