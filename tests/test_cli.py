@@ -26,8 +26,10 @@ from zoobot_hf import (
     read_catalog,
 )
 from zoobot_hf.cli import COMMANDS, main
+from zoobot_hf.commands.finetune import _score_line
 from zoobot_hf.data.catalog import find_catalog
 from zoobot_hf.data.dataset import catalog_to_dataset
+from zoobot_hf.evaluation.intervals import Estimate
 
 COMMAND = Path(sys.executable).with_name("zoobot-hf")
 ENCODER = ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32)
@@ -1064,3 +1066,8 @@ def test_the_embeddings_on_disk_are_listed_and_cleared(tmp_path, monkeypatch, ca
     assert main(["cache", "--clear"]) == 0
     assert "2.0 MB freed" in capsys.readouterr().out
     assert list(folder.iterdir()) == []
+
+
+def test_a_score_without_an_interval_is_printed_alone():
+    assert _score_line("accuracy", Estimate(1.0, 0.95, 1.0)).endswith(" 1.000  0.950 to 1.000")
+    assert _score_line("roc auc", Estimate(1.0, np.nan, np.nan)).endswith(" 1.000")

@@ -120,6 +120,14 @@ def test_several_labels_are_calibrated_one_by_one_where_they_are_known():
     assert expit(with_shift.apply(logits + 1)).mean(axis=0) == pytest.approx(np.nanmean(labels, axis=0), abs=0.02)
 
 
+def test_galaxies_without_a_known_label_are_not_counted():
+    ratios, classes = draw_galaxies(np.random.default_rng(8), 60, 0.5)
+    labels = np.stack([classes, 1 - classes], axis=1).astype(float)
+    labels[:20] = np.nan
+    labels[20:30, 0] = np.nan
+    assert fit_calibration(np.stack([ratios, -ratios], axis=1), labels, problem_type=MULTI).galaxies == 40
+
+
 def test_calibration_that_does_not_help_changes_nothing_and_says_so(caplog):
     logits, classes = np.array([[0.0, 0.0]] * 4), [0, 1, 0, 1]
     fitted = fit_calibration(logits, classes)
@@ -166,6 +174,8 @@ def test_calibration_on_few_galaxies_costs_little(method):
     [
         ([0, 0, 0], {}, r"labelled galaxies of each class are \[3, 0\]; .* larger validation split"),
         ([0, 1, 2], {}, "labels run from 0 to 2 for 2 classes"),
+        ([0.7, 1.0, 0.0], {}, r"labels hold \[0.0, 0.7, 1.0\]; give whole numbers from 0 on"),
+        (["a", "b", "a"], {}, r"labels hold \['a', 'b'\]; give whole numbers from 0 on"),
         ([0, 1], {}, r"labels have the shape \(2,\) and the scores \(3, 2\); give labels \(3,\)"),
         ([0, 1, 0], {"method": "magic"}, "method is 'magic'; choose one of temperature, bias_corrected, vector"),
         ([0, 1, 0], {"problem_type": "regression"}, "problem_type is 'regression'; choose one of single_label"),
@@ -308,6 +318,39 @@ def test_the_test_of_the_assumption_rejects_a_true_one_as_rarely_as_it_says():
     assert 0.3 < np.mean(p_values) < 0.7
 
 
+def test_few_validation_galaxies_that_are_told_apart_without_error_leave_the_scale_near_one():
+    ratios, _ = draw_galaxies(np.random.default_rng(3), 300, 0.1)
+    classes = np.repeat([0, 1], 6)
+    estimate = estimate_prevalence(
+        softmax(overconfident(ratios, temperature=1, shift=0), axis=1),
+        assumed_prevalence=BALANCED,
+        validation_probabilities=softmax(overconfident(2.0 * classes - 1, temperature=1, shift=0), axis=1),
+        validation_labels=classes,
+        draws=20,
+    )
+    assert 1 < estimate.scale.max() < 2  # without a prior above 11
+
+
+def test_the_smallest_of_many_p_values_does_not_break_the_assumption():
+    generator = np.random.default_rng(23)
+    labels = (generator.random((60, 8)) < 0.5).astype(float)
+    validation, catalog = (
+        expit(2 * generator.normal(2 * truth - 1.0)) for truth in (labels, generator.random((60, 8)) < 0.3)
+    )
+    options = {
+        "assumed_prevalence": [0.5] * 8,
+        "validation_probabilities": validation,
+        "validation_labels": labels,
+        "problem_type": MULTI,
+        "draws": 100,
+    }
+    estimate = estimate_prevalence(catalog, **options)
+    assert min(estimate.p_values) < calibration.DOUBTFUL
+    assert estimate.assumption_holds
+    catalog[:, 3] = 0.5  # a label that looks like neither of its classes
+    assert not estimate_prevalence(catalog, **options).assumption_holds
+
+
 def test_validation_probabilities_without_labels_are_refused():
     with pytest.raises(ValueError, match="validation_probabilities and validation_labels belong together"):
         estimate_prevalence([[0.5, 0.5]], assumed_prevalence=BALANCED, validation_probabilities=[[0.5, 0.5]])
@@ -333,6 +376,11 @@ def test_counts_without_a_galaxy_of_each_label_are_refused(counts):
 
 
 # Counts ---------------------------------------------------------------------------------------------------------
+
+
+def test_counts_of_several_labels_need_the_size_of_the_sample():
+    with pytest.raises(ValueError, match=r"galaxies is None; .*: give the size of the sample"):
+        prevalence_from_counts([30, 20], assumed_prevalence=[0.3, 0.2], problem_type=MULTI)
 
 
 def test_counts_without_any_other_error_have_that_of_drawing():

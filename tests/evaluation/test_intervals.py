@@ -66,3 +66,8 @@ def test_the_bootstrap_of_a_mean_has_its_standard_error():
     assert (estimate.low, estimate.high) == pytest.approx(
         (values.mean() - 1.645 * error, values.mean() + 1.645 * error), abs=0.15 * error
     )
+
+
+def test_draws_that_are_all_the_same_say_nothing_about_the_truth():
+    estimate = bootstrap_estimates(lambda weights: {"share": 1.0}, np.zeros(40), np.ones(40), draws=10)["share"]
+    assert estimate == pytest.approx((1.0, np.nan, np.nan), nan_ok=True)

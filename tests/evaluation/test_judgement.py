@@ -156,3 +156,77 @@ def test_the_share_of_each_label_leaves_out_what_is_not_known():
     assert prevalence_of([0, 1, 1, 1], "single_label_classification", count=3) == [0.25, 0.75, 0.0]
     shares = prevalence_of([[0, np.nan], [1, 1]], "multi_label_classification", count=2)
     assert shares == [0.5, 1.0]
+
+
+def test_a_label_that_no_test_galaxy_has_costs_the_others_nothing():
+    generator = np.random.default_rng(4)
+    labels = np.stack([np.arange(400) % 2, np.arange(400) < 40], axis=1).astype(float)
+    logits = 2 * generator.normal(2 * labels - 1.0)
+    equal, rare = {"ring": 0.5, "merger": 0.5}, {"ring": 0.02, "merger": 0.02}
+    config = config_of(
+        {0: "ring", 1: "merger"},
+        problem_type="multi_label_classification",
+        training_prevalence=equal,
+        sky_prevalence=rare,
+    )
+    judgement = judge(
+        config,
+        validation_logits=logits,
+        validation_labels=labels,
+        test_logits=logits[40:],
+        test_labels=labels[40:],
+    )
+    own = judgement.probabilities_as_labelled
+    assert own[:, 0].mean() == pytest.approx(0.5, abs=0.05)
+    np.testing.assert_array_equal(own[:, 1], judgement.probabilities[:, 1])
+    assert [list(scores.labels) for scores in judgement.scores] == [["ring"], ["ring"]]
+    remark = "The scores leave out merger: the test galaxies need some with and some without it."
+    assert judgement.remarks.count(remark) == 1
+
+
+def test_a_class_that_no_test_galaxy_has_gets_no_probability_and_the_rest_is_scored():
+    generator = np.random.default_rng(5)
+    labels = np.arange(300) % 3
+    logits = 2 * generator.normal(np.eye(3)[labels])
+    names = ["smooth", "ring", "rare"]
+    config = config_of(
+        dict(enumerate(names)),
+        training_prevalence=dict.fromkeys(names, 1 / 3),
+        sky_prevalence=dict(zip(names, [0.97, 0.02, 0.01], strict=True)),
+    )
+    there = labels < 2
+    judgement = judge(
+        config,
+        validation_logits=logits,
+        validation_labels=labels,
+        test_logits=logits[there],
+        test_labels=labels[there],
+    )
+    own = judgement.probabilities_as_labelled
+    assert own.sum(axis=0) == pytest.approx([100, 100, 0], abs=10)
+    assert own.sum(axis=1) == pytest.approx(np.ones(200))
+    (scores,) = judgement.scores
+    assert list(scores.labels) == ["smooth", "ring"]
+    assert scores.overall["accuracy"].value == pytest.approx(np.mean(own.argmax(axis=1) == labels[there]))
+    assert any("The scores leave out rare" in remark for remark in judgement.remarks)
+    assert any("The test galaxies allow no scores for the sky" in remark for remark in judgement.remarks)
+
+
+def test_the_share_of_a_label_that_nobody_knows_is_not_a_number():
+    shares = prevalence_of([[0, np.nan], [1, np.nan]], "multi_label_classification", count=2)
+    assert shares == [0.5, pytest.approx(np.nan, nan_ok=True)]
+
+
+def test_galaxies_of_one_class_allow_no_scores(balanced):
+    logits, labels = draw(200, seed=2)
+    is_other = labels == 0
+    judgement = judge(
+        balanced,
+        validation_logits=logits,
+        validation_labels=labels,
+        test_logits=logits[is_other],
+        test_labels=labels[is_other],
+    )
+    assert judgement.scores == []
+    np.testing.assert_array_equal(judgement.probabilities_as_labelled, judgement.probabilities)
+    assert any("The test galaxies allow no scores as they are: all galaxies are" in text for text in judgement.remarks)

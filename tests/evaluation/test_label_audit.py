@@ -65,6 +65,15 @@ def test_the_distance_is_in_units_of_the_usual_one(embeddings):
     assert len(pairs) == (np.triu(distances)[np.triu_indices(302, 1)] < 0.9 * np.median(nearest)).sum()
 
 
+def test_twins_are_found_where_every_galaxy_has_one():
+    generator = np.random.default_rng(2)
+    vectors = generator.normal(size=(100, 16))
+    twice = np.concatenate([vectors, vectors + 0.02 * generator.normal(size=(100, 16))])
+    pairs = find_near_duplicates(range(200), twice, ["train"] * 200)
+    assert len(pairs) == 100
+    assert (pairs["other_id_str"] - pairs["id_str"] == 100).all()
+
+
 def test_rows_beyond_one_chunk_are_compared(embeddings, monkeypatch):
     splits = ["train"] * 302
     whole = find_near_duplicates(range(302), embeddings, splits)

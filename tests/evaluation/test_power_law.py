@@ -84,3 +84,14 @@ def test_too_few_points_or_seeds_are_refused():
         fit_power_law([5, 10, 20], [0.5, 0.4, 0.3])
     with pytest.raises(ValueError, match="errors are of 1 seed"):
         extrapolate(NUMBERS, np.ones((1, 6)), classes=2)
+
+
+def test_the_interval_of_three_seeds_is_not_three_times_too_narrow():
+    law, generator = PowerLaw(0.05, 0.6, 0.6), np.random.default_rng(5)
+    truth = 2 * (law.labels_for(float(law(160)) - 0.01) - 160)
+    held = 0
+    for seed in range(60):
+        errors = law(NUMBERS) + generator.normal(size=(3, 6)) * 0.05 * (5 / NUMBERS) ** 0.3
+        more = extrapolate(NUMBERS, errors, classes=2, draws=200, seed=seed).more
+        held += more.low <= truth <= more.high
+    assert held >= 40  # of runs drawn again, 26

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import sklearn.metrics
+from astropy.stats import binom_conf_interval
 from scipy.special import softmax
 
 from zoobot_hf.evaluation.calibration import probabilities_at_prevalence
@@ -126,3 +127,63 @@ def test_the_interval_of_the_calibration_error_holds_the_truth():
 def test_names_that_do_not_fit_are_refused(galaxies):
     with pytest.raises(ValueError, match="have 2 labels, label_names 1 and sky_prevalence None; give as many of each"):
         score_probabilities(*galaxies, label_names=["ring"])
+
+
+def test_the_interval_of_accuracy_is_that_of_a_share():
+    labels = np.arange(40) % 2
+    probabilities = 0.1 + 0.8 * np.eye(2)[labels]
+    scores = score_probabilities(probabilities, labels, label_names=NAMES, draws=20)
+    low, high = binom_conf_interval(40, 40, confidence_level=0.9, interval="jeffreys")
+    assert scores.overall["accuracy"] == pytest.approx((1, low, high))
+    assert np.isnan(scores.labels["ring"]["roc_auc"][1:]).all()  # told apart without error: how well, nobody knows
+    assert np.isnan(scores.labels["ring"]["expected_calibration_error"][1:]).all()
+
+
+def test_the_interval_of_accuracy_in_the_sky_holds_the_truth_as_often_as_promised():
+    generator, held, labels = np.random.default_rng(4), 0, np.repeat([0, 1], [30, 20])
+    for _ in range(60):
+        is_right = generator.random(50) < np.array([0.97, 0.8])[labels]
+        given = 0.2 + 0.6 * np.eye(2)[np.where(is_right, labels, 1 - labels)]
+        scores = score_probabilities(given, labels, label_names=NAMES, sky_prevalence=[0.9, 0.1], draws=2)
+        accuracy = scores.overall["accuracy"]
+        held += accuracy.low <= 0.9 * 0.97 + 0.1 * 0.8 <= accuracy.high
+    assert held >= 48
+
+
+def test_a_label_that_cannot_be_scored_is_left_out():
+    labels = np.array([[0, 1, np.nan], [0, 0, np.nan], [0, 1, np.nan], [np.nan] * 3])
+    given = [[0.1, 0.9, 0.5], [0.2, 0.4, 0.5], [0.1, 0.3, 0.5], [0.5, 0.5, 0.5]]
+    several = {"label_names": ["a", "b", "c"], "problem_type": "multi_label_classification", "draws": 5}
+    scores = score_probabilities(given, labels, **several)
+    assert list(scores.labels) == ["b"]
+    assert scores.galaxies == 3
+    assert scores.prevalence == pytest.approx({"a": 0, "b": 2 / 3, "c": np.nan}, nan_ok=True)
+    with pytest.raises(ValueError, match="all galaxies are with or all are without a, b, c"):
+        score_probabilities(given, np.zeros((4, 3)), **several)
+
+
+def test_class_numbers_come_in_any_type_that_holds_whole_numbers(galaxies):
+    probabilities, labels = galaxies
+    expected = score_probabilities(probabilities, labels, label_names=NAMES, draws=5)
+    for own in (labels.astype(float), labels == 1):
+        assert score_probabilities(probabilities, own, label_names=NAMES, draws=5) == expected
+    with pytest.raises(ValueError, match=r"labels hold \['no', 'yes'\]; give whole numbers from 0 on"):
+        score_probabilities(probabilities, np.where(labels == 1, "yes", "no"), label_names=NAMES)
+    with pytest.raises(ValueError, match=r"labels hold \[0.0, nan\]; give whole numbers from 0 on"):
+        score_probabilities(probabilities, np.where(labels == 1, np.nan, 0), label_names=NAMES)
+
+
+def test_a_sky_without_a_label_is_refused(galaxies):
+    with pytest.raises(
+        ValueError, match=r"sky_prevalence has 1.0 of 'not ring', 0.0 of 'ring'; give each label a share"
+    ):
+        score_probabilities(*galaxies, label_names=NAMES, sky_prevalence=[1.0, 0.0])
+
+
+def test_a_certain_mistake_costs_what_it_does_in_the_metrics():
+    labels = [0, 1, 1, 1]
+    given = np.array([[0.9, 0.1], [0.2, 0.8], [1.0, 0.0], [0.4, 0.6]])
+    scores = score_probabilities(given, labels, label_names=NAMES, draws=5)
+    expected = sklearn.metrics.log_loss(labels, given)
+    assert scores.overall["log_loss"].value == pytest.approx(expected)
+    assert scores.labels["ring"]["log_loss"].value == pytest.approx(expected)

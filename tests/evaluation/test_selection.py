@@ -164,3 +164,12 @@ def test_of_thresholds_of_equal_purity_the_most_complete_is_chosen():
     assert chosen.completeness.value == 1
     assert chosen.purity.value == 1
     assert chosen.threshold == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, np.nan], [-1, 1, 1]])
+def test_labels_that_are_not_true_or_false_are_refused(labels):
+    message = "has_label holds .*; give True and False for known labels only"
+    with pytest.raises(ValueError, match=message):
+        choose_threshold([0.1, 0.2, 0.9], labels, aim="f1", prevalence=0.1)
+    with pytest.raises(ValueError, match=message):
+        measure_selection([0.1, 0.2, 0.9], labels, threshold=0.5, prevalence=0.1)

@@ -48,3 +48,8 @@ def test_no_galaxies_make_an_empty_table_with_its_columns(tmp_path):
     assert list(table.columns) == ["id_str", "predicted_label", "probability_not_ring", "probability_ring"]
     assert len(table) == 0
     table.to_parquet(tmp_path / "empty.parquet")
+
+
+def test_no_number_leads_to_the_name_of_another_label():
+    table = table_of(np.eye(3), labels=["a b", "a_b", "a_b_0"])
+    assert list(table.columns[2:]) == ["probability_a_b_0_0", "probability_a_b_1", "probability_a_b_0_2"]

@@ -37,6 +37,13 @@ def test_a_galaxy_at_the_threshold_is_selected():
     assert table["selected"].tolist() == [False, True, True]
 
 
+def test_a_threshold_between_two_float32_probabilities_parts_them():
+    above, below = np.float32(1 - 2**-24), np.float32(1 - 2**-23)
+    config = labels("no ring", "ring", decision_threshold={"ring": (float(above) + float(below)) / 2})
+    table = survey_table(["a", "b"], np.array([[0, above], [0, below]], dtype=np.float32), config=config)
+    assert table["selected"].tolist() == [True, False]
+
+
 def test_several_thresholds_have_a_column_each():
     thresholds = {"bar": 0.5, "odd shape": 0.2}
     config = labels("bar", "odd shape", problem_type="multi_label_classification", decision_threshold=thresholds)

@@ -1,6 +1,7 @@
 """`zoobot-hf finetune`: a new head on an encoder, then both."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +12,7 @@ from transformers import set_seed
 from ..data.balance import Strategy
 from ..data.dataset import split_dataset
 from ..data.decision_tree import DecisionTree, load_survey, load_tree
+from ..evaluation.intervals import Estimate
 from ..evaluation.selection import AIMS, check_aim
 from ..models.configuration_zoobot import HEAD_TYPES
 from ..models.conversion import image_processor_for
@@ -241,13 +243,18 @@ def _cross_validate(
     return result
 
 
+def _score_line(name: str, score: Estimate) -> str:
+    interval = f"  {score.low:.3f} to {score.high:.3f}" if math.isfinite(score.low) else ""
+    return f"{name:40}{score.value:8.3f}{interval}"
+
+
 def _report_folds(result: CrossValidation) -> None:
     names = ("roc_auc", "log_loss", "expected_calibration_error")
     print(f"\nout of fold, {len(result.table)} galaxies: value and {result.scores.confidence:.0%} interval")
-    print("{:40}{:8.3f}  {:.3f} to {:.3f}".format("accuracy", *result.accuracy))
+    print(_score_line("accuracy", result.accuracy))
     for label, scores in result.scores.labels.items():
         for name in names:
-            print("{:40}{:8.3f}  {:.3f} to {:.3f}".format(f"{name.replace('_', ' ')} of {label}", *scores[name]))
+            print(_score_line(f"{name.replace('_', ' ')} of {label}", scores[name]))
     print(f"{int(result.doubtful['is_doubtful'].sum())} labels are doubtful")
 
 

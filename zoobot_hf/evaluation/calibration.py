@@ -11,6 +11,7 @@ balanced classes at once: so the shift from one prevalence to the other is known
 fitted.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from scipy.special import expit, log_softmax, logit, softmax
 from zoobot_hf.models.heads import prevalence_shift
 
 from .intervals import CONFIDENCE, Estimate, bootstrap_counts, check_confidence, interval_of_draws
-from .metrics import MULTI_LABEL, SINGLE_LABEL, check_predictions, check_probabilities
+from .metrics import MULTI_LABEL, SINGLE_LABEL, check_probabilities, checked_labels, class_numbers, count_labelled
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Calibration:
         shift: One number for each label.
         log_loss_before: Of the validation galaxies, in nats, at their own prevalence.
         log_loss_after: The same with the calibration, never higher.
-        galaxies: How many galaxies it was fitted on.
+        galaxies: How many galaxies with a known label it was fitted on.
         helps: Whether the log loss fell; where not, the temperature is 1 and the shift 0.
     """
 
@@ -105,6 +106,7 @@ class PrevalenceEstimate:
         problem_type: Single or multi-label classification.
         p_values: For each label, how probable such a difference between the catalog and the validation galaxies is if
             only the prevalence differs; one in all for a single label; none without validation galaxies.
+        p_value: The same for the largest difference of all labels; None without validation galaxies.
     """
 
     shares: list[float]
@@ -115,11 +117,12 @@ class PrevalenceEstimate:
     assumed_prevalence: list[float]
     problem_type: str
     p_values: list[float]
+    p_value: float | None
 
     @property
     def assumption_holds(self) -> bool | None:
         """Whether the catalog looks as if only the prevalence had changed; None where that could not be tested."""
-        return min(self.p_values) >= DOUBTFUL if self.p_values else None
+        return None if self.p_value is None else self.p_value >= DOUBTFUL
 
 
 def fit_calibration(
@@ -159,7 +162,9 @@ def fit_calibration(
     scores = np.asarray(logits, dtype=np.float64)
     if scores.ndim != 2 or not np.isfinite(scores).all():
         raise ValueError(f"logits have the shape {scores.shape}; pass finite numbers, (n, labels), before softmax.")
-    problems = _problems(scores, np.asarray(labels), problem_type, training_prevalence)
+    truth = np.asarray(labels)
+    problems = _problems(scores, truth, problem_type, training_prevalence)
+    galaxies = count_labelled(truth)
     fits = [_fit_scale_and_shift(problem, method=method, spread=SPREAD_OF_SCALES) for problem in problems]
     before = float(np.mean([problem.log_loss() for problem in problems]))
     after = float(np.mean([p.log_loss(*fit) for p, fit in zip(problems, fits, strict=True)]))
@@ -168,11 +173,11 @@ def fit_calibration(
             "calibration by %s can't lower the validation log loss of %.4f on %d galaxies; the temperature stays 1.",
             method,
             before,
-            len(scores),
+            galaxies,
         )
-        return Calibration([1.0] * scores.shape[1], [0.0] * scores.shape[1], before, before, len(scores), False)
+        return Calibration([1.0] * scores.shape[1], [0.0] * scores.shape[1], before, before, galaxies, False)
     scale, shift = _joined(fits, problem_type)
-    return Calibration((1 / scale).tolist(), shift.tolist(), before, after, len(scores), True)
+    return Calibration((1 / scale).tolist(), shift.tolist(), before, after, galaxies, True)
 
 
 def probabilities_at_prevalence(
@@ -223,14 +228,16 @@ def estimate_prevalence(
     the labelled galaxies and that only their shares differ. With validation galaxies the probabilities are calibrated
     first (bias-corrected temperature scaling, as Alexandari, Kundaje & Shrikumar 2020 found best), the interval
     includes the error of that, and the assumption is tested; without them the interval is that of perfectly calibrated
-    probabilities and too narrow for any real model.
+    probabilities and too narrow for any real model. With fewer than a few hundred validation galaxies it is a little
+    too narrow as well: a 90% one held the truth in 85 to 91 of 100 drawn catalogs.
 
     The test: the distribution of each label's log odds in the catalog against that of the validation galaxies, each
     class weighted with its estimated share, by the largest distance between the two (Kolmogorov and Smirnov). How large
     that distance gets when the assumption holds comes from drawing catalogs, of at most 5000 galaxies, and validation
-    galaxies anew from the validation galaxies, the prevalence being estimated in each. Below a p-value of 0.01 the
-    assumption looks broken, and the log says so. It sees classes that look different or are new; it can't see what
-    leaves the distribution of the probabilities as it is.
+    galaxies anew from the validation galaxies, the prevalence being estimated in each. Of several labels the largest
+    distance counts, each in units of its label's median draw: one of many p-values is small by chance. Below a p-value
+    of 0.01 the assumption looks broken, and the log says so. It sees classes that look different or are new; it can't
+    see what leaves the distribution of the probabilities as it is.
 
     Args:
         probabilities: Of the catalog's galaxies, after softmax or sigmoid, 0-1, (n, labels).
@@ -291,8 +298,11 @@ def prevalence_from_counts(
         seed: Decides the draws.
 
     Raises:
-        ValueError: A label without a galaxy; not as many counts as labels; what `estimate_prevalence` refuses.
+        ValueError: A label without a galaxy; not as many counts as labels; several labels without `galaxies`; what
+            `estimate_prevalence` refuses.
     """
+    if problem_type != SINGLE_LABEL and galaxies is None:
+        raise ValueError("galaxies is None; of several labels a galaxy has any number: give the size of the sample.")
     numbers = np.asarray(counts, dtype=np.float64)
     total = float(numbers.sum() if galaxies is None or problem_type == SINGLE_LABEL else galaxies)
     if numbers.shape != (len(assumed_prevalence),) or (numbers <= 0).any() or (numbers >= total).any():
@@ -323,6 +333,7 @@ def prevalence_from_counts(
         list(assumed_prevalence),
         problem_type,
         [],
+        None,
     )
 
 
@@ -363,8 +374,9 @@ def fit_conformal_thresholds(probabilities: npt.ArrayLike, labels: npt.ArrayLike
 
     Split conformal prediction with a threshold for each class (Vovk 2012, arXiv:1209.2673): of each class, at least
     the promised share of new galaxies has it in its set. That holds at any prevalence, because each class is looked at
-    by itself, as long as the classes look the same. Over many validation splits the share is the promised one; with n
-    validation galaxies of a class it varies by about sqrt(coverage * (1 - coverage) / n).
+    by itself, as long as the classes look the same. With n validation galaxies of a class the share is, over many
+    validation splits, the promised one or up to 1 / (n + 1) more; from split to split it varies by about
+    sqrt(coverage * (1 - coverage) / n).
 
     Args:
         probabilities: Of validation galaxies, after softmax, 0-1, (n, classes). For one of several labels pass its
@@ -380,8 +392,8 @@ def fit_conformal_thresholds(probabilities: npt.ArrayLike, labels: npt.ArrayLike
         ValueError: Probabilities that are none; labels that don't fit; a class without a galaxy.
     """
     check_confidence(coverage, name="coverage")
-    given, classes = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
-    check_predictions(given, classes, SINGLE_LABEL)
+    given = np.asarray(probabilities, dtype=np.float64)
+    classes = checked_labels(labels, given, SINGLE_LABEL)
     thresholds = []
     for number in range(given.shape[1]):
         own = np.sort(given[classes == number, number])
@@ -445,11 +457,13 @@ def _problems(
     wanted = scores.shape[:1] if problem_type == SINGLE_LABEL else scores.shape
     if labels.shape != wanted or len(scores) == 0:
         raise ValueError(f"labels have the shape {labels.shape} and the scores {scores.shape}; give labels {wanted}.")
+    parts = _parts(scores, assumed, problem_type)
+    if problem_type == SINGLE_LABEL:
+        return [_problem(scores, class_numbers(labels), assumed)]
     problems = []
-    for number, (columns, old) in enumerate(_parts(scores, assumed, problem_type)):
-        own = labels if problem_type == SINGLE_LABEL else labels[:, number]
+    for (columns, old), own in zip(parts, labels.T, strict=True):
         known = ~np.isnan(own.astype(np.float64))
-        if problem_type == MULTI_LABEL and not np.isin(own[known], (0, 1)).all():
+        if not np.isin(own[known], (0, 1)).all():
             raise ValueError(f"labels hold {np.unique(own[known])[:5].tolist()}; a multi-label one is 0, 1 or NaN.")
         problems.append(_problem(columns[known], own[known].astype(np.int64), old))
     return problems
@@ -535,12 +549,16 @@ def _fit_scale_and_shift(
 
 def _calibration_draws(problem: _Problem, *, draws: int, seed: int) -> list[_Map]:
     """The best calibration, and one for each time that the labelled galaxies are drawn again."""
-    best = _fit_scale_and_shift(problem, method="bias_corrected")
+    # Without the prior, the scale of a few galaxies that are told apart nearly without error runs away: of 30 to 200
+    # validation galaxies, drawn 150 times, 90% intervals held the prevalence in 56-89% and counts in 51-87% of the
+    # draws; with it in 85-91% and 80-91%.
+    fit = functools.partial(_fit_scale_and_shift, problem, method="bias_corrected", spread=SPREAD_OF_SCALES)
+    best = fit()
     start = np.append(best[0][:1], (best[1] - best[1][-1])[:-1])
     return [
         best,
         *(
-            _fit_scale_and_shift(problem, method="bias_corrected", weights=counts.astype(np.float64), start=start)
+            fit(weights=counts.astype(np.float64), start=start)
             for counts in bootstrap_counts(problem.classes, draws=draws, seed=seed)
         ),
     ]
@@ -553,7 +571,7 @@ class _PartEstimate:
     shares: Floats
     share_draws: Floats
     maps: list[_Map]
-    p_value: float | None
+    distances: Floats | None  # (1 + draws,): the catalog's from the validation galaxies, and those of the drawn ones
 
 
 def _estimate_part(
@@ -571,8 +589,8 @@ def _estimate_part(
     for row in range(draws):
         drawn = generator.multinomial(len(scores), np.full(len(scores), 1 / len(scores))) / len(scores)
         share_draws[row] = _maximise_expectation(_ratios(scores, maps[1 + row], prior), shares, weights=drawn)
-    p_value = _test_assumption(scores, problem, maps, prior, shares, seed=seed) if problem else None
-    return _PartEstimate(shares, share_draws, maps, p_value)
+    distances = _distances(scores, problem, maps, prior, shares, seed=seed) if problem else None
+    return _PartEstimate(shares, share_draws, maps, distances)
 
 
 def _ratios(scores: Floats, calibration: _Map, prior: Floats) -> Floats:
@@ -617,7 +635,7 @@ def _maximise_expectation(ratios: Floats, start: Floats, *, weights: Floats | No
     return shares
 
 
-def _test_assumption(
+def _distances(
     scores: Floats,
     problem: _Problem,
     maps: Sequence[_Map],
@@ -625,15 +643,14 @@ def _test_assumption(
     shares: Floats,
     *,
     seed: int,
-) -> float:
-    """How probable a distance as large as the catalog's from the validation galaxies is, if only prevalence differs."""
+) -> Floats:
+    """How far the catalog is from the validation galaxies, and catalogs are from which only the prevalence differs."""
     generator = np.random.default_rng([seed, 2])
     size = min(len(scores), TESTED_GALAXIES)
     tested = scores[generator.choice(len(scores), size=size, replace=False)]
     ones = np.ones(len(problem.classes))
-    measured = _largest_distance(tested, problem, ones, shares)
+    distances = [_largest_distance(tested, problem, ones, shares)]
     groups = [np.flatnonzero(problem.classes == number) for number in range(len(shares))]
-    larger = 0
     # The same draws of the validation galaxies that the calibrations were fitted on.
     validation_draws = bootstrap_counts(problem.classes, draws=len(maps) - 1, seed=seed)
     for calibration, counts in zip(maps[1:], validation_draws, strict=True):
@@ -641,8 +658,8 @@ def _test_assumption(
         rows = np.concatenate([generator.choice(group, size=n) for group, n in zip(groups, sizes, strict=True)])
         drawn = problem.scores[rows]
         drawn_shares = _maximise_expectation(_ratios(drawn, calibration, prior), shares)
-        larger += _largest_distance(drawn, problem, counts.astype(np.float64), drawn_shares) >= measured
-    return (1 + larger) / len(maps)
+        distances.append(_largest_distance(drawn, problem, counts.astype(np.float64), drawn_shares))
+    return np.array(distances)
 
 
 def _largest_distance(scores: Floats, problem: _Problem, counts: Floats, shares: Floats) -> float:
@@ -674,6 +691,7 @@ def _joined_estimate(
         shares = np.array([part.shares[1] for part in parts])
         drawn = np.stack([part.share_draws[:, 1] for part in parts], axis=1)
     maps = [_joined(row, problem_type) for row in zip(*(part.maps for part in parts), strict=True)]
+    distances = [part.distances for part in parts if part.distances is not None]
     return PrevalenceEstimate(
         shares.tolist(),
         [interval_of_draws(s, d, confidence=confidence) for s, d in zip(shares, drawn.T, strict=True)],
@@ -682,8 +700,14 @@ def _joined_estimate(
         np.stack([shift for _, shift in maps]),
         list(assumed),
         problem_type,
-        [part.p_value for part in parts if part.p_value is not None],
+        [_share_as_large(own) for own in distances],
+        _share_as_large(np.max([own / (np.median(own) or 1.0) for own in distances], axis=0)) if distances else None,
     )
+
+
+def _share_as_large(values: Floats) -> float:
+    """The p-value of the first of some values, the others of which were drawn."""
+    return float((values >= values[0]).mean())
 
 
 def _report(estimate: PrevalenceEstimate) -> None:
@@ -697,7 +721,7 @@ def _report(estimate: PrevalenceEstimate) -> None:
             "the catalog does not look like a mixture of the validation galaxies' classes (p = %.3f): more than the "
             "prevalence has changed, and the estimate may be wrong by more than its interval; label a few hundred of "
             "its galaxies.",
-            min(estimate.p_values),
+            estimate.p_value,
         )
 
 

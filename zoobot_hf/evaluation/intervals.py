@@ -1,7 +1,7 @@
 """Values with the interval that the true one lies in, and galaxies weighted as the sky has them.
 
-Shares of galaxies (completeness, a rate of false positives) have Jeffreys intervals, which stay honest where all or
-none of a few galaxies are selected. Everything else is bootstrapped: galaxies are drawn again with replacement, as many
+Shares of galaxies (accuracy, completeness, a rate of false positives) have Jeffreys intervals, which stay honest where
+all or none of a few galaxies count. Everything else is bootstrapped: galaxies are drawn again with replacement, as many
 of each class as there are, so that no draw is without a rare class; the intervals are for a population with just these
 shares of the classes. A row is a galaxy: average several views of one first, or the intervals come out too narrow.
 """
@@ -145,6 +145,9 @@ def bootstrap_estimates(
 ) -> dict[str, Estimate]:
     """Scores of weighted galaxies with their bootstrap intervals.
 
+    The ends are NaN where every draw has the same score, as the ROC AUC of galaxies that are told apart without error:
+    such draws don't say how far the truth may be.
+
     Args:
         score: From weights (n,) to scores by name.
         strata: The class of each galaxy, (n,).
@@ -155,7 +158,11 @@ def bootstrap_estimates(
     """
     values = score(weights)
     drawn = [score(weights * counts) for counts in bootstrap_counts(strata, draws=draws, seed=seed)]
-    return {
-        name: interval_of_draws(value, [scores[name] for scores in drawn], confidence=confidence)
-        for name, value in values.items()
-    }
+    estimates = {}
+    for name, value in values.items():
+        scores = [own[name] for own in drawn]
+        if np.allclose(scores, value, rtol=0, atol=1e-12):
+            estimates[name] = Estimate(value, np.nan, np.nan)
+        else:
+            estimates[name] = interval_of_draws(value, scores, confidence=confidence)
+    return estimates

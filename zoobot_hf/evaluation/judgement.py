@@ -21,7 +21,7 @@ from zoobot_hf.models.heads import (
     probabilities_from_logits,
 )
 
-from .calibration import Calibration, fit_calibration, probabilities_at_prevalence
+from .calibration import SMALLEST_PROBABILITY, Calibration, fit_calibration, probabilities_at_prevalence
 from .metrics import SINGLE_LABEL
 from .scores import Scores, score_probabilities
 from .selection import Selection, choose_threshold, measure_selection
@@ -211,23 +211,41 @@ class _Judge:
         return [1] if is_one_of_two else range(self.config.num_labels)
 
     def _as_labelled(self, given: Floats, labels: Labels) -> Floats:
-        """Probabilities for the prevalence of the galaxies given, or as they are where that has a zero."""
-        shares = prevalence_of(labels, self.config.problem_type, count=self.config.num_labels)
-        if self.assumed is None or not all(0 < share < 1 for share in shares):
+        """Probabilities for the prevalence of the galaxies given.
+
+        Those of a label that all or none of the galaxies have are as they are, where a galaxy has several labels.
+        """
+        shares = np.array(prevalence_of(labels, self.config.problem_type, count=self.config.num_labels))
+        is_single = self.config.problem_type == SINGLE_LABEL
+        if self.assumed is None or (is_single and shares.max() == 1):  # of one class alone any head knows all
             return given
+        if is_single:
+            # Not by `probabilities_at_prevalence`: a class without a galaxy here has a share of 0.
+            weighted = np.clip(given, SMALLEST_PROBABILITY, None) * shares / self.assumed
+            return np.asarray(weighted / weighted.sum(axis=1, keepdims=True))
+        shares = np.where((shares > 0) & (shares < 1), shares, self.assumed)
         return probabilities_at_prevalence(
-            given, assumed_prevalence=self.assumed, prevalence=shares, problem_type=self.config.problem_type
+            given,
+            assumed_prevalence=self.assumed,
+            prevalence=shares.tolist(),
+            problem_type=self.config.problem_type,
         )
 
     def _score(self, given: Floats, labels: Labels, sky: list[float] | None) -> list[Scores]:
         names, problem_type = self.config.label_names, self.config.problem_type
         try:
-            return [
-                score_probabilities(given, labels, label_names=names, problem_type=problem_type, sky_prevalence=sky)
-            ]
+            scores = score_probabilities(
+                given, labels, label_names=names, problem_type=problem_type, sky_prevalence=sky
+            )
         except ValueError as error:
-            self.remarks.append(f"The test galaxies don't allow scores with intervals: {error}")
+            population = "as they are" if sky is None else "for the sky"
+            self.remarks.append(f"The test galaxies allow no scores {population}: {error}")
             return []
+        left_out = [names[number] for number in self.selected_labels() if names[number] not in scores.labels]
+        remark = f"The scores leave out {', '.join(left_out)}: the test galaxies need some with and some without it."
+        if left_out and remark not in self.remarks:
+            self.remarks.append(remark)
+        return [scores]
 
     def _measure_selections(self, given: Floats, labels: Labels) -> dict[str, Selection]:
         selections = {}
@@ -256,7 +274,8 @@ def prevalence_of(labels: npt.ArrayLike, problem_type: str, *, count: int) -> li
     values = np.asarray(labels)
     if problem_type == SINGLE_LABEL:
         return (np.bincount(values.astype(np.int64), minlength=count) / max(len(values), 1)).tolist()
-    return np.nanmean(values, axis=0).tolist()
+    with np.errstate(invalid="ignore"):  # NaN for a label that is known of no galaxy
+        return (np.nansum(values, axis=0) / (~np.isnan(values)).sum(axis=0)).tolist()
 
 
 def check_prevalence(given: Mapping[str, float], config: ZoobotConfig) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from .metrics import SINGLE_LABEL, check_predictions
+from .metrics import SINGLE_LABEL, checked_labels
 
 CHUNK = 1024  # rows of the table of similarities that are in memory at once
 DUPLICATE_RATIO = 0.2
@@ -49,8 +49,8 @@ def find_doubtful_labels(
     Raises:
         ValueError: Predictions, labels and identifiers that don't fit, or a class that no galaxy has.
     """
-    given, classes = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
-    check_predictions(given, classes, SINGLE_LABEL)
+    given = np.asarray(probabilities, dtype=np.float64)
+    classes = checked_labels(labels, given, SINGLE_LABEL)
     counts = np.bincount(classes, minlength=given.shape[1])
     if len(identifiers) != len(given) or len(label_names) != given.shape[1] or (counts == 0).any():
         raise ValueError(
@@ -90,7 +90,9 @@ def find_near_duplicates(
 
     Embeddings are standardised, column by column, and compared by their distance. Two galaxies are near-duplicates when
     they are closer than `ratio` times the usual distance of a galaxy to its nearest neighbour, the median over all:
-    that distance depends on the encoder and on the galaxies, and so no fixed number would do.
+    that distance depends on the encoder and on the galaxies, and so no fixed number would do. Where half of the
+    galaxies or more have a twin it would be that of the twins: it is at least half the median distance to the third
+    nearest.
 
     Args:
         identifiers: The galaxies' `id_str`.
@@ -116,8 +118,11 @@ def find_near_duplicates(
         raise ValueError(f"ratio is {ratio!r}, or embeddings are not finite; give a ratio above 0 and finite numbers.")
     spread = vectors.std(axis=0)
     vectors = (vectors - vectors.mean(axis=0)) / np.where(spread > 0, spread, 1)
-    nearest = np.concatenate([_distances(vectors, start).min(axis=1) for start in range(0, len(vectors), CHUNK)])
-    usual = float(np.median(nearest[nearest > 0])) if (nearest > 0).any() else 1.0
+    ends = [0, min(2, len(vectors) - 2)]  # the nearest, and the third nearest where there are so many
+    neighbours = np.concatenate(
+        [np.partition(_distances(vectors, start), ends, axis=1)[:, ends] for start in range(0, len(vectors), CHUNK)]
+    )
+    usual = max(_median_above_zero(neighbours[:, 0]), _median_above_zero(neighbours[:, 1]) / 2) or 1.0
     pairs = []
     for start in range(0, len(vectors), CHUNK):
         distances = _distances(vectors, start)
@@ -135,6 +140,10 @@ def find_near_duplicates(
     )
     table["leaks"] = table["split"] != table["other_split"]
     return table.sort_values("distance", kind="stable").reset_index(drop=True)
+
+
+def _median_above_zero(distances: Floats) -> float:
+    return float(np.median(distances[distances > 0])) if (distances > 0).any() else 0.0
 
 
 def _distances(vectors: Floats, start: int) -> Floats:

@@ -411,27 +411,58 @@ def check_probabilities(probabilities: Floats, problem_type: str) -> None:
         _check_sums(probabilities)
 
 
-def check_predictions(probabilities: Floats, labels: npt.NDArray[Any], problem_type: str) -> None:
-    """Checks that numbers are probabilities, and that the labels belong to them.
+def checked_labels(labels: npt.ArrayLike, probabilities: Floats, problem_type: str) -> npt.NDArray[Any]:
+    """Labels that belong to probabilities: class numbers as int64, or float64 for several labels.
 
     Args:
-        probabilities: (n, labels).
         labels: Class numbers (n,), or 0, 1 and NaN where it is not known (n, labels).
+        probabilities: (n, labels).
         problem_type: "single_label_classification" or "multi_label_classification".
 
     Raises:
-        ValueError: As `check_probabilities`, or labels of another shape, or that the probabilities have no column for.
+        ValueError: As `check_probabilities`, or labels of another shape, that are no whole numbers, or that the
+            probabilities have no column for.
     """
     check_probabilities(probabilities, problem_type)
     if problem_type == MULTI_LABEL:
-        _check_multi_label(probabilities, labels)
-    elif labels.shape != probabilities.shape[:1]:
+        several = np.asarray(labels, dtype=np.float64)
+        _check_multi_label(probabilities, several)
+        return several
+    classes = class_numbers(labels)
+    if classes.shape != probabilities.shape[:1]:
         raise ValueError(
-            f"references have the shape {labels.shape} and predictions {probabilities.shape}; pass a label number for "
+            f"references have the shape {classes.shape} and predictions {probabilities.shape}; pass a label number for "
             "each galaxy."
         )
-    else:
-        _check_single_label(probabilities, labels)
+    _check_single_label(probabilities, classes)
+    return classes
+
+
+def class_numbers(labels: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Class numbers as int64; 1.0 and True are a 1.
+
+    Args:
+        labels: One for each galaxy, of any shape.
+
+    Raises:
+        ValueError: A label that is no whole number: a vote fraction, NaN or a name.
+    """
+    values = np.asarray(labels)
+    if values.dtype.kind not in "biuf" or not (np.isfinite(values) & (values == np.floor(values))).all():
+        raise ValueError(
+            f"labels hold {np.unique(values)[:5].tolist()}; give whole numbers from 0 on, the class of each galaxy."
+        )
+    return values.astype(np.int64)
+
+
+def count_labelled(labels: npt.ArrayLike) -> int:
+    """How many galaxies have a label that is known.
+
+    Args:
+        labels: Class numbers (n,), or 0, 1 and NaN where it is not known (n, labels).
+    """
+    values = np.asarray(labels, dtype=np.float64)
+    return int((~np.isnan(values.reshape(len(values), -1))).any(axis=1).sum())
 
 
 def _mean_of_defined(scores: Sequence[float]) -> float:
@@ -484,7 +515,7 @@ def _check_single_label(probabilities: Floats, labels: Integers) -> None:
         )
 
 
-def _check_multi_label(probabilities: Floats, labels: Integers) -> None:
+def _check_multi_label(probabilities: Floats, labels: npt.NDArray[Any]) -> None:
     _check_probabilities(probabilities)
     if labels.shape != probabilities.shape:
         raise ValueError(

@@ -128,8 +128,10 @@ def extrapolate(
 ) -> Extrapolation:
     """How many more labels lower the error by some gain, from runs with several seeds at each number of labels.
 
-    The law is fitted to the mean over the seeds; the interval comes from drawing whole runs, a seed with all of its
-    numbers of labels, again. It leaves out that all runs have the same galaxies, and that the law may not hold.
+    The law is fitted to the mean over the seeds; the interval comes from drawing that mean from Student's t
+    distribution, as the runs of so few seeds allow. With 2 to 5 seeds it is still too narrow: 90% intervals held the
+    truth in 75 to 89 of 100 drawn experiments, with 10 or 20 seeds in 86 to 97. It leaves out that all runs have the
+    same galaxies, and that the law may not hold.
 
     Args:
         labels: Numbers of labelled galaxies of each class, (points,).
@@ -137,7 +139,7 @@ def extrapolate(
         classes: How many classes there are.
         gain: How much less error is asked for.
         confidence: Share of the draws inside the interval, 0-1.
-        draws: How often the seeds are drawn again.
+        draws: How often the mean is drawn.
         seed: Decides the draws.
 
     Raises:
@@ -150,8 +152,7 @@ def extrapolate(
     variance = runs.var(axis=0, ddof=1)
     weights = 1 / np.maximum(variance, 1e-6)
     law = fit_power_law(numbers, runs.mean(axis=0), weights=weights)
-    generator = np.random.default_rng(seed)
-    means = runs[generator.integers(len(runs), size=(draws, len(runs)))].mean(axis=1)
+    means = _draw_means(runs, draws=draws, seed=seed)
     last = numbers.max()
     more = np.sort([_more_labels(drawn, last, gain) for drawn in _fit(numbers, means, weights)])
     ends = [math.floor((1 - confidence) / 2 * (draws - 1)), math.ceil((1 + confidence) / 2 * (draws - 1))]
@@ -159,6 +160,16 @@ def extrapolate(
     value = _more_labels(law, last, gain)
     estimate = Estimate(classes * value, classes * min(low, value), classes * max(high, value))
     return Extrapolation(law, int(last), gain, estimate, confidence, bool(max(high, value) <= (FURTHEST - 1) * last))
+
+
+def _draw_means(runs: Floats, *, draws: int, seed: int) -> Floats:
+    """Means over the seeds that are as likely, 0-1, (draws, points)."""
+    generator, freedom = np.random.default_rng(seed), len(runs) - 1
+    # Sums of whole runs' deviations: of one seed, errors with different numbers of labels go together.
+    deviations = (runs - runs.mean(axis=0)) / math.sqrt(len(runs) * freedom)
+    widths = np.sqrt(freedom / generator.chisquare(freedom, size=(draws, 1)))
+    drawn = runs.mean(axis=0) + widths * (generator.normal(size=(draws, len(runs))) @ deviations)
+    return np.asarray(np.clip(drawn, 0, 1))
 
 
 def _more_labels(law: PowerLaw, labels: float, gain: float) -> float:

@@ -14,17 +14,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .intervals import CONFIDENCE, DRAWS, Estimate, bootstrap_estimates, class_weights_for
-from .metrics import SINGLE_LABEL, check_predictions
+from .intervals import (
+    CONFIDENCE,
+    DRAWS,
+    Estimate,
+    bootstrap_estimates,
+    class_weights_for,
+    interval_of_draws,
+    share_with_interval,
+)
+from .metrics import SINGLE_LABEL, checked_labels, count_labelled
 from .reliability import calibration_error_by_chance, decompose_brier_score, expected_calibration_error
-from .selection import selection_curve
+from .selection import POSTERIOR_DRAWS, selection_curve
 
 LABELLED_GALAXIES = "labelled galaxies"
 SKY = "sky"
 CALIBRATION_ERROR = "expected_calibration_error"
 CALIBRATION_ERROR_BY_CHANCE = "calibration_error_by_chance"
 FIXED_SHARE = 0.9
-SMALLEST_PROBABILITY = 1e-15
+SMALLEST_PROBABILITY = float(np.finfo(np.float64).eps)  # scikit-learn's, so that a report has one log loss
 
 Floats = npt.NDArray[np.floating[Any]]
 Booleans = npt.NDArray[np.bool_]
@@ -37,11 +45,11 @@ class Scores:
     Attributes:
         population: "labelled galaxies" or "sky".
         prevalence: The share of each label in this population, by its name.
-        galaxies: How many labelled galaxies the scores were measured on.
+        galaxies: How many galaxies with a known label the scores were measured on.
         confidence: Of the intervals, 0-1.
         overall: `accuracy` and `log_loss` over all labels, where each galaxy has one label; empty where it has several.
         labels: For each label's name its scores by name. Two labels of which each galaxy has one have the scores of the
-            second.
+            second. A label that no galaxy has, or that all have, is left out.
     """
 
     population: str
@@ -76,6 +84,8 @@ def score_probabilities(
 ) -> Scores:
     """Scores of each label with intervals from a bootstrap of the galaxies, stratified by class.
 
+    Accuracy is a share: its interval is that of Jeffreys, and in the sky that of the classes' posteriors.
+
     - `roc_auc`, `average_precision`, `log_loss` and `brier_score`, as scikit-learn has them;
     - `expected_calibration_error` in ten bins of equal numbers of galaxies. Drawing again adds noise to what is a
       distance already, so its interval is the draws' reflected at the value; and, for the labelled galaxies as they
@@ -96,16 +106,18 @@ def score_probabilities(
         seed: Decides the draws.
 
     Raises:
-        ValueError: Predictions and labels that don't fit, a label that no galaxy has or that all have, or a prevalence
-            that doesn't fit.
+        ValueError: Predictions and labels that don't fit, no label that some galaxies have and some don't, or a
+            prevalence that doesn't fit.
     """
-    given, truth = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
-    check_predictions(given, truth, problem_type)
+    given = np.asarray(probabilities, dtype=np.float64)
+    truth = checked_labels(labels, given, problem_type)
     if given.shape[1] != len(label_names) or (sky_prevalence is not None and len(sky_prevalence) != len(label_names)):
         raise ValueError(
             f"the probabilities have {given.shape[1]} labels, label_names {len(label_names)} and sky_prevalence "
             f"{sky_prevalence and len(sky_prevalence)}; give as many of each."
         )
+    if sky_prevalence is not None:
+        _check_sky(label_names, sky_prevalence)
     is_single = problem_type == SINGLE_LABEL
     scored = [1] if is_single and len(label_names) == 2 else range(len(label_names))
     results, shares = {}, {}
@@ -113,30 +125,52 @@ def score_probabilities(
         known = np.ones(len(given), dtype=bool) if is_single else ~np.isnan(truth[:, number])
         has_label = truth == number if is_single else truth[known, number] == 1
         classes = truth if is_single else has_label
-        shares[name] = float(has_label.mean()) if sky_prevalence is None else float(sky_prevalence[number])
-        if number in scored:
+        own_share = has_label.mean() if known.any() else np.nan
+        shares[name] = float(own_share if sky_prevalence is None else sky_prevalence[number])
+        if number in scored and 0 < own_share < 1:
             weights = _weights(classes, number, sky_prevalence, is_single=is_single)
             label = _Label(given[known, number], has_label, weights, sky_prevalence is not None)
             results[name] = label.score(classes, purity, completeness, confidence=confidence, draws=draws, seed=seed)
+    if not results:
+        raise ValueError(
+            f"all galaxies are with or all are without {', '.join(label_names)}; a score needs some of both kinds."
+        )
     population = LABELLED_GALAXIES if sky_prevalence is None else SKY
     overall = _overall(given, truth, sky_prevalence, confidence=confidence, draws=draws, seed=seed) if is_single else {}
-    return Scores(population, shares, len(given), confidence, overall, results)
+    return Scores(population, shares, count_labelled(truth), confidence, overall, results)
 
 
 def _overall(
     given: Floats, classes: npt.NDArray[Any], sky: Sequence[float] | None, *, confidence: float, draws: int, seed: int
 ) -> dict[str, Estimate]:
-    of_label = np.clip(given[np.arange(len(given)), classes], SMALLEST_PROBABILITY, 1)
-    is_right, surprise = given.argmax(axis=1) == classes, -np.log(of_label)
+    surprise = -np.log(np.clip(given[np.arange(len(given)), classes], SMALLEST_PROBABILITY, 1))
 
     def scores_of(weights: Floats) -> dict[str, float]:
-        return {
-            "accuracy": float(np.average(is_right, weights=weights)),
-            "log_loss": float(np.average(surprise, weights=weights)),
-        }
+        return {"log_loss": float(np.average(surprise, weights=weights))}
 
     weights = class_weights_for(classes, sky)
-    return bootstrap_estimates(scores_of, classes, weights, confidence=confidence, draws=draws, seed=seed)
+    drawn = bootstrap_estimates(scores_of, classes, weights, confidence=confidence, draws=draws, seed=seed)
+    return {
+        "accuracy": _accuracy(given.argmax(axis=1) == classes, classes, sky, confidence=confidence, seed=seed),
+        **drawn,
+    }
+
+
+def _accuracy(
+    is_right: Booleans, classes: npt.NDArray[Any], sky: Sequence[float] | None, *, confidence: float, seed: int
+) -> Estimate:
+    if sky is None:
+        return share_with_interval(int(is_right.sum()), len(is_right), confidence=confidence)
+    right = np.bincount(classes, weights=is_right)
+    counts, shares = np.bincount(classes), np.asarray(sky) / np.sum(sky)
+    posterior = np.random.default_rng(seed).beta(right + 0.5, counts - right + 0.5, (POSTERIOR_DRAWS, len(shares)))
+    return interval_of_draws(float(shares @ (right / counts)), posterior @ shares, confidence=confidence)
+
+
+def _check_sky(label_names: Sequence[str], sky: Sequence[float]) -> None:
+    wrong = [f"{share} of {name!r}" for name, share in zip(label_names, sky, strict=True) if not 0 < share < 1]
+    if wrong:
+        raise ValueError(f"sky_prevalence has {', '.join(wrong)}; give each label a share between 0 and 1.")
 
 
 def _weights(classes: npt.NDArray[Any], number: int, sky: Sequence[float] | None, *, is_single: bool) -> Floats:
@@ -193,4 +227,4 @@ class _Label:
 def _reflected(estimate: Estimate) -> Estimate:
     """The basic bootstrap interval (Davison & Hinkley 1997, section 5.2) from the percentile one, not below 0."""
     value, low, high = estimate
-    return Estimate(value, max(0.0, 2 * value - high), 2 * value - low)
+    return Estimate(value, float(np.maximum(0.0, 2 * value - high)), 2 * value - low)

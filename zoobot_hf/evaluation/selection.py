@@ -141,8 +141,9 @@ def choose_threshold(
             `selection_curve` refuses.
     """
     check_aim(aim, at_least)
-    share, weights = _weighted(has_label, prevalence)
-    curve = selection_curve(probability, has_label, weights=weights)
+    given, truth, _ = checked_galaxies(probability, has_label, None)
+    share, weights = _weighted(truth, prevalence)
+    curve = selection_curve(given, truth, weights=weights)
     if aim == "f1":
         best, words = int(curve.f1.argmax()), "best F1"
     else:
@@ -155,7 +156,7 @@ def choose_threshold(
         best = int(values.argmax()) if aim == "purity" else len(values) - 1 - int(values[::-1].argmax())
         words = f"{aim} of at least {at_least:g}"
     selection = measure_selection(
-        probability, has_label, threshold=float(curve.thresholds[best]), prevalence=share, confidence=confidence
+        given, truth, threshold=float(curve.thresholds[best]), prevalence=share, confidence=confidence
     )
     return selection._replace(aim=words)
 
@@ -189,11 +190,11 @@ def measure_selection(
         ValueError: Numbers that don't fit, or all galaxies have the label, or none.
     """
     check_confidence(confidence)
-    share, _ = _weighted(has_label, prevalence)
     given, truth, _ = checked_galaxies(probability, has_label, None)
     with_label, without = int(truth.sum()), int(len(truth) - truth.sum())
     if with_label == 0 or without == 0:
         raise ValueError(f"{with_label} galaxies are with the label and {without} without; give some of both kinds.")
+    share, _ = _weighted(truth, prevalence)
     is_selected = given >= threshold
     hits, mistakes = int(truth[is_selected].sum()), int((1 - truth[is_selected]).sum())
     generator = np.random.default_rng(seed)
@@ -282,10 +283,9 @@ def check_aim(aim: str, at_least: float | None) -> None:
         raise ValueError(f"at_least is {at_least!r}; give the {aim} to be reached, above 0 and at most 1.")
 
 
-def _weighted(has_label: npt.ArrayLike, prevalence: float | None) -> tuple[float, Floats]:
-    truth = np.asarray(has_label, dtype=np.float64)
+def _weighted(truth: Floats, prevalence: float | None) -> tuple[float, Floats]:
     if prevalence is None:
-        return float(truth.mean()) if len(truth) else 0.5, np.ones(len(truth))
+        return float(truth.mean()), np.ones(len(truth))
     if not 0 < prevalence < 1:
         raise ValueError(f"prevalence is {prevalence!r}; give the share of galaxies with the label, between 0 and 1.")
     return float(prevalence), class_weights_for(truth, [1 - prevalence, prevalence])

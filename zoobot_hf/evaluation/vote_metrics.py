@@ -150,7 +150,8 @@ class VoteRootMeanSquaredError(VoteMetric):
 class VoteLogLikelihood(VoteMetric):
     """The mean logarithm of the probability of a galaxy's votes on a question.
 
-    Minus the sum over the questions, each times the share of galaxies that were asked it, is the model's loss.
+    Minus the sum over the questions, each times the share of galaxies that were asked it, is the model's loss with
+    the `vote_loss_reduction` "sum".
     """
 
     summary = "Mean logarithm of the probability of the votes, in nats, 0 or less; higher is better."

@@ -43,7 +43,8 @@ def survey_table(
     for name, threshold in thresholds.items():
         column = columns_of_labels[names.index(name)]
         selected = "selected" if len(thresholds) == 1 else column.replace("probability", "selected", 1)
-        table[selected] = values[:, names.index(name)] >= threshold
+        # In float64, as the threshold was chosen: rounded to float32 it may be the next probability below.
+        table[selected] = values[:, names.index(name)].astype(np.float64) >= threshold
     return table
 
 

@@ -27,7 +27,7 @@ from transformers import EvalPrediction, set_seed
 from zoobot_hf.data.balance import Strategy, balance_classes, measure_prevalence
 from zoobot_hf.data.catalog import write_catalog
 from zoobot_hf.evaluation.calibration import Calibration, fit_calibration, probabilities_at_prevalence
-from zoobot_hf.evaluation.intervals import Estimate, bootstrap_estimates
+from zoobot_hf.evaluation.intervals import Estimate
 from zoobot_hf.evaluation.judgement import check_prevalence
 from zoobot_hf.evaluation.label_audit import find_doubtful_labels, find_near_duplicates
 from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for_trainer
@@ -497,16 +497,12 @@ def _judge(
     names = model.config.label_names
     own = (np.bincount(labels, minlength=len(names)) / len(labels)).tolist()
     here = probabilities_at_prevalence(at_sky, assumed_prevalence=sky, prevalence=own)
-    is_right = here.argmax(axis=1) == labels
-
-    def accuracy(weights: Floats) -> dict[str, float]:
-        return {"accuracy": float(np.average(is_right, weights=weights))}
-
+    scores = score_probabilities(here, labels, label_names=names)
     is_sky_another = not np.allclose(sky, own, atol=1e-6)
     return CrossValidation(
         table,
-        bootstrap_estimates(accuracy, labels, np.ones(len(labels)))["accuracy"],
-        score_probabilities(here, labels, label_names=names),
+        scores.overall["accuracy"],
+        scores,
         score_probabilities(at_sky, labels, label_names=names, sky_prevalence=sky) if is_sky_another else None,
         folds,
         temperatures,
