@@ -17,7 +17,7 @@ file at once, so that an interrupted benchmark isn't lost: `--results FILE` goes
 - `prediction`: images per second of a catalog of JPEG files, beyond what a short one takes; ours, like the bare loop's,
   are the best of eager and compiled.
 - `unfrozen_float32`: the same with ours in float32, as on a CPU the others are in any case; by default our steps are in
-  bfloat16 on a CPU with AMX.
+  bfloat16 on a CPU with AMX or AVX512_BF16.
 - `unfrozen_bf16` and `prediction_bf16`: the same with all of them in bfloat16, in which on a GPU ours and the bare loop
   compute in any case. Zoobot's prediction fails in it: it hands a bfloat16 tensor to NumPy.
 - `embeddings`: images per second of the one pass of the encoder that the frozen stage needs, from JPEG files.

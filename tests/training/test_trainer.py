@@ -174,10 +174,11 @@ def test_a_model_that_was_trained_in_bfloat16_predicts_in_the_precision_that_is_
     assert not torch.equal(exact, rounded)
 
 
-@pytest.mark.parametrize("has_amx", [True, False])
-def test_steps_are_in_bfloat16_on_a_cpu_that_is_fast_in_it(has_amx, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("has_amx", "has_avx512_bf16"), [(True, True), (True, False), (False, True), (False, False)])
+def test_steps_are_in_bfloat16_on_a_cpu_that_is_fast_in_it(has_amx, has_avx512_bf16, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    assert unfrozen_arguments(tmp_path).bf16_steps is has_amx
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
+    assert unfrozen_arguments(tmp_path).bf16_steps is (has_amx or has_avx512_bf16)
     assert unfrozen_arguments(tmp_path).bf16 is False
     for settings in ({"bf16": False}, {"bf16": True}, {"bf16_steps": False}):
         assert unfrozen_arguments(tmp_path, **settings).bf16_steps is False

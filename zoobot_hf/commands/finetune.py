@@ -125,7 +125,8 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
         help="unfreeze only this many of the encoder's last blocks (default: all)",
     )
     add_precision(
-        parser, default="on a GPU that has it in hardware; on a CPU with AMX only in the steps of the unfrozen stage"
+        parser,
+        default="on a GPU that has it in hardware; on a CPU with AMX or AVX512_BF16 only in the unfrozen stage's steps",
     )
 
 

@@ -117,8 +117,10 @@ class ZoobotPreTrainedModel(PreTrainedModel):
 
         Raises:
             RuntimeError: The saved model has other weights.
+            ValueError: It is no zoobot_hf model, or damaged.
         """
-        self.load_state_dict(type(self).from_pretrained(folder, dtype=self.dtype).state_dict())
+        saved = self._from_own_repository(Checkpoint.find(folder, {"dtype": self.dtype}))
+        self.load_state_dict(saved.state_dict())
 
     def train(self, mode: bool = True) -> Self:
         """Sets training mode, but what is frozen stays in evaluation mode.

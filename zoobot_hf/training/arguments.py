@@ -199,7 +199,7 @@ class UnfrozenStageArguments(_StageArguments):
     """Arguments of the unfrozen stage: the encoder is trained as well, gently.
 
     Changed defaults: learning rate 1e-4 with cosine decay after a tenth of warm-up, weight decay 0.05, 15 epochs,
-    batches of 16; on a CPU with AMX training steps are in bfloat16.
+    batches of 16; on a CPU with AMX or AVX512_BF16 training steps are in bfloat16.
     """
 
     last_blocks: int | None = field(
@@ -225,7 +225,7 @@ class UnfrozenStageArguments(_StageArguments):
         default=None,
         metadata={
             "help": "Training steps in bfloat16 where evaluations are in float32, as predictions on a CPU are; where "
-            "absent, on a CPU with AMX, if bf16 is absent as well."
+            "absent, on a CPU with AMX or AVX512_BF16, if bf16 is absent as well."
         },
     )
 

@@ -82,13 +82,16 @@ def uses_bf16(device: torch.device, bf16: bool | None = None) -> bool:
 
 
 def trains_in_bf16(device: torch.device) -> bool:
-    """Whether training steps are faster in bfloat16 on a device that computes in float32 otherwise: a CPU with AMX.
+    """Whether training steps are faster in bfloat16 on a device that computes in float32 otherwise.
+
+    That is a CPU with AMX or AVX512_BF16. Without AMX, on an AMD EPYC, ConvNeXt nano trains 1.6 times as fast so, and
+    MobileNetV2 1.2 times.
 
     Args:
         device: Where it runs.
     """
     # Private, and there from torch 2.6 on; the public `get_capabilities` isn't.
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 class InferenceRunner:
