@@ -44,6 +44,15 @@ def probability_columns(label_names: Sequence[str]) -> list[str]:
 
 def _column_names(label_names: Sequence[str], *, prefix: str) -> list[str]:
     names = [f"{prefix}_{re.sub(r'[^0-9A-Za-z_]', '_', name)}" for name in label_names]
+    return number_repeats(names)
+
+
+def number_repeats(names: list[str]) -> list[str]:
+    """Names without repeats: "z_1", "z_1" become "z_1_0", "z_1_1".
+
+    Args:
+        names: What labels become where only letters, digits and underscores are allowed.
+    """
     while len(set(names)) < len(names):  # a number may lead to a name that another label has already
         names = [f"{name}_{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
     return names

@@ -19,6 +19,7 @@ from zoobot_hf.evaluation.probability_plots import (
     plot_roc_and_precision_recall,
 )
 from zoobot_hf.evaluation.selection import Selection
+from zoobot_hf.evaluation.tables import number_repeats
 from zoobot_hf.evaluation.vote_plots import plot_vote_fractions
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
@@ -160,11 +161,10 @@ def draw_figures(
             "Expected and observed vote fractions of the test galaxies, a panel for each question. On the diagonal, "
             f"expectations are right on average. Galaxies with at least {judged_votes.least_votes} votes on it."
         )
-    slugs = [slug(label.name) for label in judged_labels]
-    for number, label in enumerate(judged_labels):
-        # "z<1" and "z>1" have the same letters and numbers.
-        own = slugs[number] if slugs.count(slugs[number]) == 1 else f"{slugs[number]}_{number}"
-        ending = f"_{own}" if len(judged_labels) > 1 else ""
+    # "z<1" and "z>1" have the same letters and numbers.
+    names = number_repeats([slug(label.name) for label in judged_labels])
+    for name, label in zip(names, judged_labels, strict=True):
+        ending = f"_{name}" if len(judged_labels) > 1 else ""
         captions |= _draw_probabilities(folder, label, ending=ending, whose=whose)
     return captions
 
