@@ -8,7 +8,7 @@ from transformers import set_seed
 from ..data.rings import load_rings
 from ..models.conversion import EMBEDDED_ENCODER, image_processor_for
 from ..models.modeling_zoobot import ZoobotForImageClassification
-from ..training.finetuning import check_output, finetune
+from ..training.finetuning import check_output, checkpoints_folder, finetune
 from .finetune import print_report
 from .inputs import choose_device, stage_arguments
 from .options import add_device, add_seed
@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    checkpoints = Path(f"{options.output_dir.resolve()}-checkpoints")
+    checkpoints = checkpoints_folder(options.output_dir)
     is_own = (checkpoints / MARK).is_file()
     check_output(options.output_dir, overwrite=is_own)
     choose_device(options.device)

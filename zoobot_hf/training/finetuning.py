@@ -152,7 +152,7 @@ def finetune(
     choices = {"balance": balance, "sky_prevalence": sky_prevalence}
     _check_classes_are_there(model, **choices, decision_aim=decision_aim, decision_at_least=decision_at_least)
     check_aim(decision_aim or "f1", decision_at_least)
-    output_dir, work_dir = Path(output_dir), _work_dir(output_dir)
+    output_dir, work_dir = Path(output_dir), checkpoints_folder(output_dir)
     frozen, unfrozen = frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
     for split in dataset.values():
         check_labels(split, model)
@@ -387,7 +387,7 @@ def check_output(output_dir: str | Path, *, resume: bool = False, overwrite: boo
         FileExistsError: As in `finetune`.
         NotADirectoryError: It is a file.
     """
-    output_dir, work_dir = Path(output_dir), _work_dir(output_dir)
+    output_dir, work_dir = Path(output_dir), checkpoints_folder(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise NotADirectoryError(f"output_dir is {output_dir}, which is a file; choose a folder.")
     is_finished = (output_dir / METRICS).is_file() and (output_dir / "config.json").is_file()
@@ -403,7 +403,12 @@ def check_output(output_dir: str | Path, *, resume: bool = False, overwrite: boo
         )
 
 
-def _work_dir(output_dir: str | Path) -> Path:
+def checkpoints_folder(output_dir: str | Path) -> Path:
+    """Where the checkpoints of a run lie, beside its output.
+
+    Args:
+        output_dir: As in `finetune`.
+    """
     # Resolved, because "." and ".." have no name that the checkpoints' folder could be called after.
     resolved = Path(output_dir).resolve()
     return resolved.with_name(f"{resolved.name}-checkpoints")
