@@ -420,9 +420,11 @@ def test_several_labels_and_values_are_learned_with_gaps(problem_type, processor
 
 SCRIPT = """
 import sys
+import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from zoobot_hf import *
+from zoobot_hf.models.heads import head_loss
 
 folder, model, output = sys.argv[1:]
 settings = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "disable_tqdm": True}
@@ -436,8 +438,14 @@ finetune(model, processor, rings, output, frozen=FrozenStageArguments(**settings
 # finetune() ends with the same file on every rank: whether the ranks agree shows without its reload.
 unfrozen.load_best_model_at_end = False
 unfrozen.output_dir = output + "-agree"
-data = {"train_dataset": rings["train"], "eval_dataset": rings["validation"]}
-UnfrozenStageTrainer(model, unfrozen, processing_class=processor, **data).train()
+unfrozen.per_device_eval_batch_size = 2
+data = {"train_dataset": rings["train"], "eval_dataset": rings["test"]}
+trainer = UnfrozenStageTrainer(model, unfrozen, processing_class=processor, **data)
+trainer.train()
+predicted = trainer.predict(rings["test"])
+logits, labels = torch.tensor(predicted.predictions), torch.tensor(predicted.label_ids)
+expected = head_loss(logits, labels, model.config, training=False).item()
+assert abs(predicted.metrics["test_loss"] - expected) < 1e-6, (predicted.metrics, expected)
 save_file(model.state_dict(), f"{output}-rank-{PartialState().process_index}.safetensors")
 print(sorted(rings["test"]["id_str"]))
 """

@@ -247,8 +247,7 @@ class _StageTrainer(Trainer):
         """The outputs; the loss is that of all galaxies together, whatever the size of the batches.
 
         `Trainer` gives the mean of the batches' losses by their numbers of galaxies, and leaves batches out whose loss
-        is NaN. That is another number where labels have gaps or classes have weights. With several processes a galaxy
-        that fills the last batch up still has a part in that batch's loss.
+        is NaN. That is another number where labels have gaps or classes have weights.
 
         Args:
             *args: As in `Trainer`.
@@ -272,15 +271,24 @@ class _StageTrainer(Trainer):
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
         """
-        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        step = functools.partial(super().prediction_step, model)
+        loss, *rest = step(inputs, *args, **kwargs)
         # A loss of the user's own has weights of its own.
         if loss is not None and self.compute_loss_func is None:
             labels = inputs["labels"]
-            weight = loss_weight(labels, self.model.config).to(loss.device) / len(labels)
-            # A row for each galaxy, so that as many as fill the last batch up are dropped.
-            rows = torch.stack([loss * weight, weight]).repeat(len(labels), 1)
+            losses = [(loss, labels)]
+            if self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader:
+                # Each galaxy on its own, because some are there twice, to fill the last batch up.
+                galaxies = [{name: tensor[row, None] for name, tensor in inputs.items()} for row in range(len(labels))]
+                losses = [(step(galaxy, prediction_loss_only=True)[0], galaxy["labels"]) for galaxy in galaxies]
+            rows = torch.cat([self._weigh(loss, labels) for loss, labels in losses])
             self._weighted_losses.append(self.gather_function(rows).sum(0))
         return loss, *rest
+
+    def _weigh(self, loss: Tensor, labels: Tensor) -> Tensor:
+        """A batch's loss times its weight, and the weight, dealt out to a row for each galaxy: (batch, 2)."""
+        weight = loss_weight(labels, self.model.config).to(loss.device) / len(labels)
+        return torch.stack([loss * weight, weight]).repeat(len(labels), 1)
 
     def _load_best_model(self) -> None:
         if not self._load_weights(self.state.best_model_checkpoint):
