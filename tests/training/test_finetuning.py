@@ -122,6 +122,19 @@ def test_the_stage_with_the_lower_validation_loss_is_kept(run, caplog):
     assert "The frozen stage is kept" in caplog.text
 
 
+
+def test_a_stage_that_diverges_is_left_out_and_the_other_is_not_lost(run, tmp_path, caplog):
+    unfrozen = UnfrozenStageArguments(**SETTINGS, learning_rate=1e30)
+    finetuned = run("out", unfrozen=unfrozen)
+    assert [stage.name for stage in finetuned.stages] == ["frozen"] == [finetuned.kept_stage]
+    assert "unfrozen stage has diverged" in caplog.text
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics) == {"frozen", "kept_stage"}
+    assert run("out", unfrozen=unfrozen, resume=True).test_metrics == finetuned.test_metrics
+    with pytest.raises(ValueError, match="frozen stage has diverged.* lower learning_rate"):
+        run("none", frozen=FrozenStageArguments(**SETTINGS, learning_rate=1e30), skip_unfrozen=True)
+
+
 def test_the_weights_are_those_of_the_stage_that_was_kept(run, tmp_path):
     finetuned = run("out")
     best = load_file(tmp_path / "out-checkpoints" / finetuned.kept_stage / "best" / "model.safetensors")
@@ -193,6 +206,16 @@ def test_an_output_folder_that_holds_a_run_is_refused(run, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
+def test_a_refused_choice_deletes_nothing_and_claims_no_folder(run, tmp_path):
+    run("out", skip_unfrozen=True)
+    before = {path: path.read_bytes() for path in tmp_path.glob("out*/**/*") if path.is_file()}
+    for name in ("out", "new"):
+        with pytest.raises(ValueError, match="sky_prevalence has shares for Ring"):
+            run(name, overwrite=True, skip_unfrozen=True, sky_prevalence={"Ring": 0.05})
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("out*/**/*") if path.is_file()}
+    assert not list(tmp_path.glob("new*"))
+
+
 def test_overwrite_starts_anew(run, tmp_path):
     run("out")
     (tmp_path / "out" / "stray.txt").touch()
@@ -205,6 +228,10 @@ def test_resuming_with_other_arguments_is_refused_by_name(run):
     run("out")
     with pytest.raises(ValueError, match=r"had another FrozenStageArguments\.learning_rate; resume"):
         run("out", resume=True, frozen=FrozenStageArguments(**SETTINGS, learning_rate=0.5))
+    with pytest.raises(ValueError, match=r"had another processor; resume"):
+        run("out", resume=True, processor=ZoobotImageProcessor(32, zoom=1.5))
+    with pytest.raises(ValueError, match=r"had another balance; resume"):
+        run("out", resume=True, balance="oversample")
 
 
 @pytest.mark.parametrize(("field", "value"), [("class_weights", [1.0, 20.0]), ("label_smoothing", 0.1)])

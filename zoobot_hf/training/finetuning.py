@@ -161,15 +161,17 @@ def finetune(
     check_output(output_dir, resume=resume, overwrite=overwrite)
     images = concatenate_datasets([split.select_columns(["id_str", "image"]) for split in dataset.values()])
     check_images(images, prepare=processor.crop_and_resize)
-    _claim_output(output_dir, work_dir, delete_first=overwrite)
-    _check_same_run(work_dir, _fingerprint(model, processor, dataset, (frozen, unfrozen), balance))
-    counts = count_labels(dataset)
+    counts, fingerprint = count_labels(dataset), _fingerprint(model, processor, dataset, (frozen, unfrozen), balance)
     model.config.forget_calibration()
     dataset = _with_prevalence(model, dataset, balance=balance, seed=frozen.seed, sky_prevalence=sky_prevalence)
+    # Whatever there is to refuse was refused: what lies in the folder may be deleted.
+    _claim_output(output_dir, work_dir, delete_first=overwrite)
+    _check_same_run(work_dir, fingerprint)
 
     stages = [_run_stage("frozen", FrozenStageTrainer, model, frozen, processor, dataset, work_dir)]
     if not skip_unfrozen:
         stages.append(_run_stage("unfrozen", UnfrozenStageTrainer, model, unfrozen, processor, dataset, work_dir))
+    stages = _without_diverged(stages)
     kept = min(stages, key=lambda stage: stage.validation_loss)
     model.load_weights(work_dir / kept.name / BEST_FOLDER)
     model.eval()
@@ -269,6 +271,18 @@ def _measure(
         seconds=seconds,
         settings=trainer.args.shown,
     )
+
+
+def _without_diverged(stages: list[StageResult]) -> list[StageResult]:
+    # Of a resumed run what is not finite is None.
+    numbers = {stage.name: [stage.validation_loss, *np.ravel(stage.validation_outputs)] for stage in stages}
+    diverged = [name for name, values in numbers.items() if not np.isfinite(np.array(values, dtype=float)).all()]
+    remedy = f"The {' and the '.join(diverged)} stage has diverged to values that are not finite: lower learning_rate"
+    if len(diverged) == len(stages):
+        raise ValueError(f"{remedy}, and start anew (overwrite=True, --overwrite).")
+    if diverged:
+        logger.warning("%s; the stage is left out.", remedy)
+    return [stage for stage in stages if stage.name not in diverged]
 
 
 def _judge(
