@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import tarfile
 
 import pandas as pd
@@ -35,6 +36,8 @@ def test_a_galaxy_is_what_shares_its_name_up_to_the_first_dot(tmp_path):
             "night/b.fits.fz": b"the image of b",
             "night/b.cls": b"1",
             "c.r.png": b"the image of c",
+            "1.png": b"the image of 1",
+            "1.seg1.png": b"a mask",
             "README": b"no galaxy",
             "._d.jpg": b"of another system",
             f"{'long' * 40}.png": b"",
@@ -44,6 +47,7 @@ def test_a_galaxy_is_what_shares_its_name_up_to_the_first_dot(tmp_path):
         ("a", f"tar://a.JPG::{path}", b"the image of a"),
         ("night/b", f"tar://night/b.fits.fz::{path}", b"the image of b"),
         ("c", f"tar://c.r.png::{path}", b"the image of c"),
+        ("1", f"tar://1.png::{path}", b"the image of 1"),
         ("long" * 40, f"tar://{'long' * 40}.png::{path}", b""),
     ]
 
@@ -73,6 +77,21 @@ def test_a_galaxy_without_an_image_keeps_its_row_and_says_so(tmp_path):
     assert piece["id_str"].tolist() == ["a", "b"]
     with pytest.raises(UnreadableImageError, match="there is no image among its members of the archive"):
         attach_member_reader(piece.to_dict("records")[0])["read"]()
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_galaxy_whose_image_is_a_link_keeps_its_row_and_says_so(link, galaxy_folder, tmp_path):
+    image = galaxy_folder / "images/galaxy_00.png"
+    link(image, image.with_name("linked.png"))
+    with tarfile.open(tmp_path / "galaxies.tar", "w") as archive:
+        for name in ("galaxy_00", "linked"):
+            archive.add(image.with_name(f"{name}.png"), arcname=f"{name}.png")
+    (piece,) = read_archive(tmp_path / "galaxies.tar", rows=10)
+    first, second = map(attach_member_reader, piece.to_dict("records"))
+    assert first["read"]() == image.read_bytes()
+    assert second["id_str"] == "linked"
+    with pytest.raises(UnreadableImageError, match="it is a link in the archive; make the archive with tar's --deref"):
+        second["read"]()
 
 
 def test_several_images_of_one_galaxy_are_refused(tmp_path):

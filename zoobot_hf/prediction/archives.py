@@ -22,7 +22,8 @@ from .galaxies import Row
 # WebDataset's convention (github.com/webdataset/webdataset): up to the first dot of its name, a member names its
 # sample; what follows says what the member is. Names that begin with a dot belong to no sample.
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<kind>[^/]*)")
-_NO_IMAGE = -1
+# In place of an offset, why there are no bytes to read.
+_NO_IMAGE, _LINK = -1, -2
 
 
 class _Image(NamedTuple):
@@ -38,7 +39,8 @@ class _Image(NamedTuple):
 def read_archive(path: Path, *, rows: int) -> Iterator[pd.DataFrame]:
     """The galaxies of a tar archive in its order, in pieces: `id_str`, `file_loc`, `archive`, `offset`, `size`.
 
-    Consecutive members that share their name up to the first dot are one galaxy, and that is its `id_str`.
+    Consecutive members that share their name up to the first dot are one galaxy, and that is its `id_str`. Of an image
+    that is a link, symbolic or hard, the archive has no bytes at this place, and reading it fails.
 
     Args:
         path: The archive, not compressed.
@@ -73,14 +75,18 @@ def _read_members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarIn
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
         name = _NAME.fullmatch(member.name.removeprefix("./"))
-        if name is not None and member.isreg():
+        if name is not None and (member.isreg() or _is_link(member)):
             yield name["key"], member
+
+
+def _is_link(member: tarfile.TarInfo) -> bool:
+    return member.islnk() or member.issym()
 
 
 def _find_image(key: str, members: list[tarfile.TarInfo], *, path: Path) -> _Image:
     images = [member for member in members if member.name.lower().endswith(IMAGE_SUFFIXES)]
     # "a.jpg" is the image of the galaxy "a", whatever else there is, such as a mask "a.seg.png".
-    plain = [member for member in images if member.name[member.name.rindex(key) + len(key) :].lower() in IMAGE_SUFFIXES]
+    plain = [member for member in images if member.name.removeprefix("./").removeprefix(key).lower() in IMAGE_SUFFIXES]
     found = plain or images
     if len(found) > 1:
         raise CatalogError(
@@ -89,12 +95,17 @@ def _find_image(key: str, members: list[tarfile.TarInfo], *, path: Path) -> _Ima
         )
     if not found:
         return _Image(key, f"tar://{members[0].name}::{path}", str(path), _NO_IMAGE, _NO_IMAGE)
-    return _Image(key, f"tar://{found[0].name}::{path}", str(path), found[0].offset_data, found[0].size)
+    offset = _LINK if _is_link(found[0]) else found[0].offset_data
+    return _Image(key, f"tar://{found[0].name}::{path}", str(path), offset, found[0].size)
 
 
 def _read_member(archive: str, *, offset: int, size: int) -> bytes:
     if offset == _NO_IMAGE:
         raise UnreadableImageError("there is no image among its members of the archive")
+    if offset == _LINK:
+        raise UnreadableImageError(
+            "it is a link in the archive; make the archive with tar's --dereference --hard-dereference"
+        )
     with open(archive, "rb") as file:
         file.seek(offset)
         return file.read(size)
