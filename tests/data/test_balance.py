@@ -26,15 +26,15 @@ def test_prevalence_can_be_measured_in_another_column():
 
 
 def test_oversampling_repeats_the_smaller_class_evenly_and_keeps_every_galaxy():
-    split = make_split([0] * 10 + [1] * 4)
+    split = make_split([0] * 17 + [1] * 9)
 
     balanced, sky_prevalence, training_prevalence = balance_classes(split, seed=1, strategy="oversample")
 
-    assert np.bincount(balanced["label"]).tolist() == [10, 10]
+    assert np.bincount(balanced["label"]).tolist() == [17, 17]
     names, counts = np.unique(balanced["id_str"], return_counts=True)
     assert set(names) == set(split["id_str"])
-    assert sorted(counts) == [1] * 10 + [2, 2, 3, 3]
-    assert sky_prevalence == {"not ring": 10 / 14, "ring": 4 / 14}
+    assert sorted(counts) == [1] * 18 + [2] * 8
+    assert sky_prevalence == {"not ring": 17 / 26, "ring": 9 / 26}
     assert training_prevalence == {"not ring": 0.5, "ring": 0.5}
 
 

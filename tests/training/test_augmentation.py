@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from zoobot_hf.training.augmentation import TURNED_MARGIN, augment_galaxies
+from zoobot_hf.training.augmentation import augment_galaxies, margin_of_turns, turn_galaxies
 
 
 def gaussian_blob(pixels, *, x=0.0, y=0.0, width=0.15):
@@ -74,5 +74,16 @@ def test_values_stay_in_the_range_of_the_input():
     assert turned.max() <= 255
 
 
-def test_the_margin_is_that_of_a_square_turned_by_45_degrees():
-    assert pytest.approx(2**0.5) == TURNED_MARGIN
+@pytest.mark.parametrize(("zoom_range", "max_shift"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.15, 0.05)])
+def test_every_turn_lies_inside_of_a_field_with_its_margin(zoom_range, max_shift):
+    pixels = 64
+    width = math.ceil(pixels * margin_of_turns(zoom_range=zoom_range, max_shift=max_shift))
+    axis = torch.arange(width, dtype=torch.float32)
+    ramps = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).expand(4, 2, width, width)
+    # 45 degrees, the widest view, and shifts to all corners.
+    draws = torch.tensor([[1 / 8, 0, 0, x, y] for x in (0.0, 1.0) for y in (0.0, 1.0)])
+    turned = turn_galaxies(ramps, draws, pixels=pixels, zoom_range=zoom_range, max_shift=max_shift)
+    # Of a ramp any turn is a ramp, unless it was reflected at an edge.
+    for direction in (2, 3):
+        steps = turned.diff(dim=direction)
+        assert torch.allclose(steps, steps.mean((2, 3), keepdim=True).expand_as(steps), atol=1e-2)

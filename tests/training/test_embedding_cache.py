@@ -57,6 +57,16 @@ def test_what_processes_read_gives_the_same(layer_norm_model, galaxies, processo
     assert torch.equal(stored.values, expected.values)
 
 
+def test_the_seed_decides_the_views(layer_norm_model, galaxies, processor, tmp_path):
+    values = [
+        store_embeddings(layer_norm_model, galaxies, processor, views=Views(2, seed=seed), cache_dir=tmp_path / folder)
+        for seed, folder in ((0, "first"), (0, "again"), (1, "other"))
+    ]
+    first, again, other = (stored.values for stored in values)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-4)
+
+
 def test_views_differ_from_each_other_and_come_galaxy_by_galaxy(layer_norm_model, galaxies, processor, tmp_path):
     embeddings = compute_embeddings(layer_norm_model, galaxies, processor, views=Views(3), cache_dir=tmp_path)
     assert embeddings["view"][:6] == [0, 1, 2, 0, 1, 2]
@@ -81,9 +91,14 @@ def test_each_part_of_the_key_invalidates(key, layer_norm_model, galaxies):
     other_weights = copy.deepcopy(layer_norm_model)
     with torch.no_grad():
         next(other_weights.encoder.parameters()).view(-1)[0] += 1
+    other_pooling, other_norm = copy.deepcopy(layer_norm_model), copy.deepcopy(layer_norm_model)
+    other_pooling.config.pooling = "mean"
+    other_norm.config.encoder_config.layer_norm_eps = 1e-3
     keys = [
         key(),
         key(model=other_weights),
+        key(model=other_pooling),
+        key(model=other_norm),
         key(processor=ZoobotImageProcessor(32, zoom=1.2)),
         key(views=Views(1)),
         key(views=Views(2)),
@@ -98,12 +113,15 @@ def test_each_part_of_the_key_invalidates(key, layer_norm_model, galaxies):
     assert len(set(keys)) == len(keys)
 
 
-def test_a_file_that_changed_is_another_image(key, galaxy_folder):
+def test_a_file_that_changed_is_another_image_even_of_the_same_size(key, galaxy_folder):
     path = galaxy_folder / "images/galaxy_00.png"
     files = Dataset.from_dict({"image": [str(path)]}, features=Features({"image": Image()}))
-    before = key(dataset=files)
-    path.write_bytes((galaxy_folder / "images/galaxy_01.png").read_bytes())
-    assert key(dataset=files) != before
+    images = [path.read_bytes(), (galaxy_folder / "images/galaxy_01.png").read_bytes()]
+    keys = []
+    for image in images:
+        path.write_bytes(image.ljust(max(map(len, images)), b"\0"))
+        keys.append(key(dataset=files))
+    assert keys[0] != keys[1]
 
 
 def test_another_version_computes_anew(key, monkeypatch):

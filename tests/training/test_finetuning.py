@@ -122,7 +122,6 @@ def test_the_stage_with_the_lower_validation_loss_is_kept(run, caplog):
     assert "The frozen stage is kept" in caplog.text
 
 
-
 def test_a_stage_that_diverges_is_left_out_and_the_other_is_not_lost(run, tmp_path, caplog):
     unfrozen = UnfrozenStageArguments(**SETTINGS, learning_rate=1e30)
     finetuned = run("out", unfrozen=unfrozen)
@@ -131,7 +130,7 @@ def test_a_stage_that_diverges_is_left_out_and_the_other_is_not_lost(run, tmp_pa
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert set(metrics) == {"frozen", "kept_stage"}
     assert run("out", unfrozen=unfrozen, resume=True).test_metrics == finetuned.test_metrics
-    with pytest.raises(ValueError, match="frozen stage has diverged.* lower learning_rate"):
+    with pytest.raises(ValueError, match=r"frozen stage has diverged.* lower learning_rate"):
         run("none", frozen=FrozenStageArguments(**SETTINGS, learning_rate=1e30), skip_unfrozen=True)
 
 

@@ -39,6 +39,13 @@ def test_near_duplicates_stay_in_one_fold():
     assert np.ptp(np.bincount(folds[LABELS == 1])) <= 1
 
 
+def test_a_group_as_large_as_a_fold_is_a_fold():
+    groups = np.r_[np.zeros(40, dtype=int), np.arange(1, 64)]
+    for seed in range(5):
+        folds = assign_folds(NAMES, LABELS, folds=2, seed=seed, groups=groups)
+        assert np.bincount(folds[LABELS == 0]).tolist() == [40, 40]
+
+
 @pytest.mark.parametrize(
     ("dataset", "folds", "message"),
     [

@@ -78,3 +78,15 @@ def test_a_galaxy_of_weight_two_is_one_that_is_there_twice():
     assert torch.allclose(weighted.weight, repeated.weight, atol=1e-3)
     alike = choose_linear_heads(inputs[None, :, None], labels[None], folds, num_labels=2)
     assert not torch.allclose(weighted.weight, alike.weight, atol=1e-2)
+
+
+def test_a_galaxy_of_weight_zero_chooses_no_penalty():
+    inputs, labels = make_noisy_galaxies(60, noise=0.5)
+    folds, counted = torch.arange(60) // 2 % 3, torch.arange(60) < 30
+    labels = torch.where(counted, labels, 1 - labels)  # of the others, what would choose the largest penalty
+    weighted = choose_linear_heads(
+        inputs[None, :, None], labels[None], folds, num_labels=2, weights=counted[None].float()
+    )
+    few = choose_linear_heads(inputs[None, :30, None], labels[None, :30], folds[:30], num_labels=2)
+    assert weighted.penalty == few.penalty
+    assert torch.allclose(weighted.weight, few.weight, atol=1e-3)

@@ -192,7 +192,7 @@ def store_embeddings(
     key = _hash_facts(model, processor, views=views, dtype=dtype, bf16=uses_bf16(model.device, bf16), images=images)
     path = Path(cache_dir or cache_folder()) / f"{key}.safetensors"
     shape = (len(first_rows), views.count if views else 1, _embedding_size(model))
-    values = _open_on_all_processes(path, shape)
+    values = _open_on_all_processes(path)
     if values is None:
         encoder = model.base_model
         size = batch_size or default_batch_size(model.device)
@@ -204,7 +204,7 @@ def store_embeddings(
         ):
             _run_encoder(runner, processor, image_rows, file, views=views)
         encoder.to(memory_format=torch.contiguous_format)  # safetensors saves no other
-        values = _open_on_all_processes(path, shape)
+        values = _open_on_all_processes(path)
         if values is None:
             raise OSError(f"{path} was written and can't be read back; check the disk, or choose another cache_dir.")
     else:
@@ -408,30 +408,25 @@ def _draw_views(views: Views, count: int) -> Tensor:
 # Files ----------------------------------------------------------------------------------------------------------
 
 
-def _open_on_all_processes(path: Path, shape: tuple[int, int, int]) -> Tensor | None:
+def _open_on_all_processes(path: Path) -> Tensor | None:
     state = PartialState()
     if state.is_main_process:
-        _open(path, shape)  # deletes what is damaged before the others look
+        _open(path)  # deletes what is damaged before the others look
     state.wait_for_everyone()
-    return _open(path, shape)
+    return _open(path)
 
 
-def _open(path: Path, shape: tuple[int, int, int]) -> Tensor | None:
+def _open(path: Path) -> Tensor | None:
     """The file's embeddings, memory-mapped; None where there is no whole file, and what was there is deleted."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            values: Tensor = file.get_tensor(TENSOR)
+            return file.get_tensor(TENSOR)
     except SafetensorError as error:
         logger.warning("%s is damaged (%s) and is computed again.", path, error)
         path.unlink(missing_ok=True)
         return None
-    if tuple(values.shape) != shape:
-        logger.warning("%s has the shape %s instead of %s and is computed again.", path, tuple(values.shape), shape)
-        path.unlink(missing_ok=True)
-        return None
-    return values
 
 
 class _EmbeddingFile:
