@@ -1,3 +1,5 @@
+import tarfile
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -47,6 +49,28 @@ def test_a_pattern_reads_many_files_in_the_order_of_their_names(table, tmp_path)
     assert check_catalog(tmp_path / "part_*") == check_catalog(write(table, tmp_path / "all.parquet"))
     with pytest.raises(CatalogError, match="no file matches"):
         check_catalog(tmp_path / "none_*")
+
+
+def test_a_pattern_is_relative_to_a_folder_with_any_name(table, tmp_path, monkeypatch):
+    folder = tmp_path / "old [1]"
+    folder.mkdir()
+    write(table, folder / "part.csv")
+    monkeypatch.chdir(folder)
+    (piece,) = read_pieces("part*")
+    assert piece["file_loc"][0] == str(folder / "images/007.png")
+
+
+def test_a_pattern_for_catalogs_and_archives_is_refused(table, tmp_path):
+    write(table, tmp_path / "a.csv")
+    tarfile.open(tmp_path / "b.tar", "w").close()
+    with pytest.raises(CatalogError, match=r"\* matches catalogs as well as tar archives; give a pattern that matches"):
+        check_catalog(tmp_path / "*")
+
+
+def test_names_that_are_the_index_of_a_parquet_file_are_read(table, tmp_path):
+    table.set_index("id_str").to_parquet(tmp_path / "catalog.parquet")
+    (piece,) = read_pieces(tmp_path / "catalog.parquet")
+    assert piece["id_str"].tolist() == NAMES
 
 
 def test_folders_and_tables_are_catalogs_too(galaxy_folder):

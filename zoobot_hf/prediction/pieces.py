@@ -103,8 +103,9 @@ def read_pieces(source: Source, *, rows: int = ROWS_AT_ONCE) -> Iterator[pd.Data
         rows: Most rows in a piece, and as many in each but the last.
 
     Raises:
-        CatalogError: Nothing there, a file that can't be read, a column that is missing, a name that is empty or
-            floating-point, or what `read_archive` and `read_hub_dataset` refuse.
+        CatalogError: Nothing there, a file that can't be read, a pattern that matches catalogs and archives, a column
+            that is missing, a name that is empty or floating-point, or what `read_archive` and `read_hub_dataset`
+            refuse.
     """
     buffer: list[pd.DataFrame] = []
     held = 0
@@ -223,9 +224,12 @@ def _find_files(source: str | Path) -> list[Path]:
         return [find_catalog(path) or path]
     if path.exists() or not WILDCARDS & set(str(source)):
         return [path]
-    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    # Made absolute afterwards: the working directory may have a bracket in its name.
+    found = [Path(name).absolute() for name in sorted(glob.glob(str(source), recursive=True))]
     if not found:
         raise CatalogError(f"no file matches {source}; give a catalog, a folder of images or another pattern.")
+    if len({names_archive(path.name) for path in found}) > 1:
+        raise CatalogError(f"{source} matches catalogs as well as tar archives; give a pattern that matches one kind.")
     return found
 
 
@@ -233,7 +237,8 @@ def _parquet_parts(path: Path) -> Iterator[pd.DataFrame]:
     with pq.ParquetFile(path) as file:
         _check_columns(file.schema_arrow.names, path=path)
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=NEEDED):
-            yield batch.to_pandas()
+            # What pandas has written says which columns are its index; to a catalog they are columns.
+            yield batch.to_pandas(ignore_metadata=True)
 
 
 def _csv_parts(path: Path) -> Iterator[pd.DataFrame]:
