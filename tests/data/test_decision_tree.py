@@ -171,6 +171,18 @@ def test_a_file_can_join_surveys(tmp_path):
     assert tree.vote_columns == load_survey("rings").vote_columns + load_survey("euclid").vote_columns
 
 
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"surveys": ["rings", "euclid"]}, "KeyError 'name'"),
+        ({"name": "both", "surveys": "rings"}, "TypeError surveys is 'rings', not a list"),
+    ],
+)
+def test_a_file_that_joins_surveys_in_another_form_is_refused(values, error):
+    with pytest.raises(ValueError, match=f"not of the form name, surveys: {error}; give it a name of its own"):
+        load_tree(values)
+
+
 def test_trees_with_a_column_in_common_are_not_joined():
     with pytest.raises(ValueError, match=r"'both': question 'bar-jwst', .* is there more than once"):
         join_trees("both", [load_survey("jwst_ceers"), load_survey("jwst_cosmos")])
@@ -253,6 +265,7 @@ def test_names_are_text(name):
         {"name": "mine", "questions": [{**SMOOTH, "asked_after": None}]},
         {"name": "mine", "questions": [{**SMOOTH, "asked_after": "bar_no"}]},
         {"name": "mine", "questions": [{**SMOOTH, "answers": [{"name": "yes"}]}]},
+        {"name": "mine", "questions": [SMOOTH], "suffixes": "-mine"},
     ],
 )
 def test_what_is_no_tree_is_refused_with_the_form_that_is_due(values):

@@ -6,9 +6,9 @@ A tree is plain values, as a JSON file or a dictionary; a model's configuration 
      "questions": [{"name": "...", "asked_after": [...], "answers": [{"name": "...", "vote_column": "..."}]}]}
 
 `asked_after` lists the vote columns of the answers that lead to a question, and is empty for one that everybody is
-asked. `suffixes` is what a survey adds to its questions' names; without it, questions of two surveys can be told to be
-the same. Other keys say where the facts come from and are passed over. A file may have `surveys` in place of
-`questions`: the names of those whose trees it joins.
+asked. `suffixes` is what is taken off the ends of the questions' names before those of two surveys are compared. Other
+keys say where the facts come from and are passed over. A file may have `surveys` in place of `questions`: the names of
+those whose trees it joins.
 """
 
 import json
@@ -88,7 +88,7 @@ class DecisionTree:
         """
         try:
             questions = tuple(_question_from_dict(question) for question in values["questions"])
-            name, suffixes = values["name"], tuple(values.get("suffixes", ()))
+            name, suffixes = values["name"], _tuple_of_names(values.get("suffixes", ()), what="suffixes")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"the decision tree is not of the form name, questions (name, asked_after, answers (name, "
@@ -202,16 +202,27 @@ def join_trees(name: str, trees: Sequence[DecisionTree]) -> DecisionTree:
 
 def _tree_of(values: Mapping[str, Any]) -> DecisionTree:
     if isinstance(values, Mapping) and "surveys" in values:
-        return join_trees(values["name"], [load_survey(survey) for survey in values["surveys"]])
+        try:
+            name, surveys = values["name"], _tuple_of_names(values["surveys"], what="surveys")
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"the decision tree is not of the form name, surveys: {type(error).__name__} {error}; give it a name "
+                "of its own and a list of names that load_survey knows."
+            ) from error
+        return join_trees(name, [load_survey(survey) for survey in surveys])
     return DecisionTree.from_dict(values)
 
 
 def _question_from_dict(values: Mapping[str, Any]) -> Question:
     answers = tuple(Answer(answer["name"], answer["vote_column"]) for answer in values["answers"])
-    asked_after = values["asked_after"]
-    if isinstance(asked_after, str):
-        raise TypeError(f"asked_after is {asked_after!r}, not a list")
-    return Question(values["name"], answers, tuple(asked_after))
+    return Question(values["name"], answers, _tuple_of_names(values["asked_after"], what="asked_after"))
+
+
+def _tuple_of_names(names: Any, *, what: str) -> tuple[str, ...]:
+    # Text would be taken for a list of its letters.
+    if isinstance(names, str):
+        raise TypeError(f"{what} is {names!r}, not a list")
+    return tuple(names)
 
 
 def _survey_folder() -> Any:
