@@ -64,3 +64,15 @@ def test_every_column_of_a_table_has_a_description(concentrations, config):
         assert all(describe_column(name) for name in table.columns)
     assert describe_column("bar_yes_90pc-upper").startswith("Upper end of the 90% interval")
     assert describe_column("redshift") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "beginning"),
+    [
+        ("probability_high_gas_fraction", "Probability of the label"),
+        ("selected_low_concentration", "Whether the probability reaches"),
+        ("predicted_gas_fraction", "Predicted value"),
+    ],
+)
+def test_a_label_that_ends_as_a_column_of_votes_does_is_described_as_a_label(name, beginning):
+    assert describe_column(name).startswith(beginning)

@@ -68,6 +68,7 @@ def describe_column(name: str) -> str:
         "_90pc-upper": "Upper end of the 90% interval of the answer's probability",
         "_proportion-asked": "Expected share of the volunteers who are asked the question, 0-1",
     }
-    found = [text for ending, text in endings.items() if name.endswith(ending)]
-    found += [text for beginning, text in beginnings.items() if name.startswith(beginning)]
+    # A label's own name may end as a column of votes does.
+    found = [text for beginning, text in beginnings.items() if name.startswith(beginning)]
+    found += [text for ending, text in endings.items() if name.endswith(ending)]
     return found[0] if found else ""
