@@ -154,6 +154,16 @@ def test_all_metrics_together_for_a_real_survey():
     assert vote_metrics_for_trainer(tree, by_question=True)(evaluated).keys() == results.keys()
 
 
+@pytest.mark.parametrize("by_question", [False, True])
+def test_a_model_that_has_diverged_has_scores_of_nan_in_training(by_question):
+    function = vote_metrics_for_trainer(TREE, by_question=by_question)
+    good, votes = np.array(CONCENTRATIONS, dtype=np.float32), np.array(VOTES, dtype=np.float32)
+    diverged = np.where(np.arange(4) == 3, np.float32(NAN), good)
+    scores = function(EvalPrediction(diverged, votes))
+    assert list(scores) == list(function(EvalPrediction(good, votes)))
+    assert all(math.isnan(score) for score in scores.values())
+
+
 @pytest.mark.parametrize(
     ("concentrations", "votes", "message"),
     [
@@ -164,6 +174,7 @@ def test_all_metrics_together_for_a_real_survey():
             r"predictions have the shape \(1, 2\) and references \(1, 2\); pass \(n, 4\) for both",
         ),
         ([[1.0, 0, 1, 1]], [[1.0, 0, 0, 0]], "predictions go down to 0; pass concentrations, which are above 0"),
+        ([[1.0, 1, 1, NAN]], [[1.0, 0, 0, 0]], "predictions go down to nan; pass concentrations, which are above 0"),
         ([[1.0] * 4], [[-1.0, 0, 0, 0]], "references hold -1; pass counts of votes, whole and not negative, or NaN"),
         ([[1.0] * 4], [[0.5, 0.5, 0, 0]], "references hold 0.5; pass counts of votes"),
     ],

@@ -211,15 +211,20 @@ def vote_metrics_for_trainer(
         by_question: Whether each question's values are among the results, and not their means alone.
 
     Returns:
-        A function from an `EvalPrediction`, with concentrations and votes, to a dictionary from metric name to value.
+        A function from an `EvalPrediction`, with concentrations and votes, to a dictionary from metric name to value;
+        NaN for each where the model has diverged and some concentration is not finite.
     """
-    names = [metric(decision_tree).name for metric in _VOTE_METRICS]
+    endings = ["", *(f"_{question}" for question in tree_layout(decision_tree).question_names if by_question)]
+    names = [f"{metric(decision_tree).name}{ending}" for metric in _VOTE_METRICS for ending in endings]
 
     def compute_metrics(evaluated: EvalPrediction) -> dict[str, float]:
+        # A stage that diverges must not end a run whose other stage is done.
+        if not np.isfinite(evaluated.predictions).all():
+            return dict.fromkeys(names, float("nan"))
         results: dict[str, float] = vote_metrics_for(decision_tree).compute(
             predictions=evaluated.predictions, references=evaluated.label_ids
         )
-        return results if by_question else {name: results[name] for name in names}
+        return {name: results[name] for name in names}
 
     return compute_metrics
 
