@@ -4,7 +4,7 @@ import scipy.stats
 import torch
 from small_trees import make_question
 
-from zoobot_hf.data.decision_tree import load_survey, survey_names
+from zoobot_hf.data.decision_tree import DecisionTree, load_survey, survey_names
 from zoobot_hf.models.votes import (
     concentrations_from_logits,
     expected_share_asked,
@@ -283,6 +283,18 @@ def test_the_same_columns_come_before_all_others():
     shared = columns_shared(load_survey("decals_all"), load_survey("decals_dr5"))
     assert all(new == old for new, old in shared.items())
     assert len(shared) == 34
+
+
+@pytest.mark.parametrize("suffixes", [[], ["-mine"]])
+def test_the_same_columns_are_shared_whatever_the_suffixes(suffixes):
+    old = load_survey("decals_dr5").to_dict()
+    bar = make_question(f"bar{''.join(suffixes)}", "strong", "no", "double")
+    mine = DecisionTree.from_dict({"name": "mine", "suffixes": suffixes, "questions": [bar, *old["questions"][:2]]})
+    expected = [(f"{bar['name']}_{answer}", f"bar-dr5_{answer}") for answer in ("strong", "no")]
+    expected += [(column, column) for column in mine.vote_columns[3:]]
+    assert list(columns_shared(load_survey("decals_dr5"), mine).items()) == expected
+    back = columns_shared(mine, load_survey("decals_dr5"))
+    assert back == {old_column: new_column for new_column, old_column in expected}
 
 
 def test_trees_about_different_things_share_nothing():

@@ -89,10 +89,11 @@ def _length_of_longest_path(
 
 
 def shared_answers(old_tree: dict[str, Any], new_tree: dict[str, Any]) -> dict[int, int]:
-    """The answers that two decision trees share: the same question and answer, without the surveys' suffixes.
+    """The answers that two decision trees share: the same vote columns, or else the same question and answer.
 
-    Where the old tree has a question several times, the one with the most answers in common counts, and the last of
-    these; one with the same vote columns comes before all others.
+    A question that has vote columns of the old tree shares these. Any other is compared by its text, without the
+    surveys' suffixes; where the old tree has it several times, the one with the most answers in common counts, and the
+    last of these.
 
     Args:
         old_tree: Plain values, as in `tree_layout`.
@@ -101,38 +102,30 @@ def shared_answers(old_tree: dict[str, Any], new_tree: dict[str, Any]) -> dict[i
     Returns:
         For each answer's number in the new tree, in order, its number in the old one.
     """
-    old_answers: dict[str, list[dict[str, tuple[int, str]]]] = {}
-    for text, answers in _answers_by_question(old_tree):
-        old_answers.setdefault(text, []).append(answers)
+    old_columns, new_columns = tree_layout(old_tree).vote_columns, tree_layout(new_tree).vote_columns
+    old_questions = _columns_by_question(old_tree)
     shared: dict[int, int] = {}
-    for text, answers in _answers_by_question(new_tree):
-        best: list[tuple[int, int, bool]] = []
-        for candidate in old_answers.get(text, []):
-            common = [
-                (number, candidate[name][0], column == candidate[name][1])
-                for name, (number, column) in answers.items()
-                if name in candidate
+    for text, answers in _columns_by_question(new_tree):
+        common = {column: column for column in answers.values() if column in old_columns}
+        if not common:
+            candidates = [
+                {column: old_answers[name] for name, column in answers.items() if name in old_answers}
+                for old_text, old_answers in old_questions
+                if old_text == text
             ]
-            if _likeness(common) >= _likeness(best):
-                best = common
-        shared |= {number: old_number for number, old_number, _ in best}
+            common = max(reversed(candidates), key=len, default={})
+        shared |= {new_columns.index(column): old_columns.index(old_column) for column, old_column in common.items()}
     return shared
 
 
-def _likeness(common: list[tuple[int, int, bool]]) -> tuple[int, int]:
-    return sum(has_same_column for _, _, has_same_column in common), len(common)
-
-
-def _answers_by_question(decision_tree: dict[str, Any]) -> list[tuple[str, dict[str, tuple[int, str]]]]:
-    """Each question's text, and the number and vote column of each of its answers by name."""
+def _columns_by_question(decision_tree: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """Each question's text without the suffix, and the vote column of each of its answers by name."""
     suffixes = decision_tree.get("suffixes") or []
-    questions, number = [], 0
+    questions = []
     for question in decision_tree["questions"]:
         suffix = next((suffix for suffix in suffixes if question["name"].endswith(suffix)), "")
         columns = {answer["name"]: answer["vote_column"] for answer in question["answers"]}
-        numbered = {name: (number + place, column) for place, (name, column) in enumerate(columns.items())}
-        questions.append((question["name"].removesuffix(suffix), numbered))
-        number += len(columns)
+        questions.append((question["name"].removesuffix(suffix), columns))
     return questions
 
 
