@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from datasets import Image
+from small_trees import make_question
 
 from zoobot_hf import DecisionTree, join_trees, load_survey, read_votes
 from zoobot_hf.data.population import draw_survey_parameters
@@ -51,6 +52,14 @@ def test_each_question_is_asked_of_those_whose_answers_lead_to_it(survey, galaxi
         led = sum(votes[:, tree.vote_columns.index(column)] for column in question.asked_after)
         asked = led if question.asked_after else np.full(len(votes), 30)
         assert np.array_equal(votes_on(question, votes, tree), asked)
+
+
+def test_nobody_is_asked_a_question_twice(galaxies):
+    bar, ring = make_question("bar", "yes", "no"), make_question("ring", "yes", "no")
+    arms = make_question("has-spiral-arms", "yes", "no", asked_after=["bar_yes", "bar_no", "ring_yes", "ring_no"])
+    tree = DecisionTree.from_dict({"name": "mine", "questions": [bar, ring, arms]})
+    votes = simulate_votes(galaxies.head(3), tree, seed=0, volunteers=30).votes
+    assert votes_on(tree.questions[2], votes, tree).tolist() == [30, 30, 30]
 
 
 def test_votes_follow_the_probabilities(galaxies):

@@ -197,6 +197,15 @@ def test_the_share_asked_is_added_up_over_all_paths():
     assert shares[1] == pytest.approx([1, 0.25, 0.5, 0.125 + 0.25])
 
 
+def test_the_share_asked_is_no_more_than_all_where_paths_do_not_exclude_each_other():
+    ring = make_question("ring", "yes", "no", asked_after=["bar_yes", "arms_yes"])
+    questions = [make_question("bar", "yes", "no"), make_question("arms", "yes", "no"), ring]
+    layout = tree_layout({"name": "parallel", "questions": questions})
+    shares = expected_share_asked([[9, 1, 9, 1, 1, 1], [3, 7, 3, 7, 1, 1]], layout)
+    assert shares[:, 2] == pytest.approx([1, 0.6])
+    assert shares.max() == 1
+
+
 def test_the_share_asked_of_a_real_tree():
     tree = load_survey("euclid")
     layout = tree_layout(tree.to_dict())

@@ -209,11 +209,15 @@ def _examples(
 
 
 def _ask(rng: np.random.Generator, probabilities: Floats, tree: DecisionTree, volunteers: int) -> Floats:
-    """The votes on one galaxy: everybody answers the first questions, and goes on where the answers lead."""
+    """The votes on one galaxy: everybody answers the first questions, and goes on where the answers lead.
+
+    The answers that lead to a question are taken to exclude each other, and no volunteer is asked it twice.
+    """
     votes = dict.fromkeys(tree.vote_columns, 0)
     chances = dict(zip(tree.vote_columns, probabilities, strict=True))
     for question in _in_the_order_of_asking(tree):
-        asked = sum(votes[column] for column in question.asked_after) if question.asked_after else volunteers
+        led = sum(votes[column] for column in question.asked_after)
+        asked = min(led, volunteers) if question.asked_after else volunteers
         own = [answer.vote_column for answer in question.answers]
         counts = rng.multinomial(asked, _adding_up_to_one(np.array([chances[column] for column in own])))
         votes |= dict(zip(own, counts.tolist(), strict=True))

@@ -232,7 +232,8 @@ def expected_share_asked(concentrations: npt.ArrayLike, layout: TreeLayout) -> F
     """The expected share of volunteers who are asked each question, added up over all paths that lead to it.
 
     It is 1 where everybody is asked, and else the sum, over the answers that lead to a question, of the share who are
-    asked the answer's own question times the answer's expected fraction.
+    asked the answer's own question times the answer's expected fraction. Paths are taken to exclude each other, and a
+    sum above 1 counts as 1.
 
     Args:
         concentrations: (galaxies, answers), above 0.
@@ -245,7 +246,8 @@ def expected_share_asked(concentrations: npt.ArrayLike, layout: TreeLayout) -> F
     is_asked_of_all = 1.0 - layout.is_asked_after.any(axis=0)
     shares = np.tile(is_asked_of_all, (len(fractions), 1))
     for _ in range(layout.depth - 1):
-        shares = is_asked_of_all + (shares[:, layout.question_of_answer] * fractions) @ layout.is_asked_after
+        sums = (shares[:, layout.question_of_answer] * fractions) @ layout.is_asked_after
+        shares = np.minimum(is_asked_of_all + sums, 1)
     return np.asarray(shares)
 
 
