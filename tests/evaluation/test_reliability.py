@@ -20,11 +20,11 @@ def galaxies():
 
 
 def test_the_table_has_scikit_learns_bins(galaxies):
-    table = reliability_table(*galaxies, bins=8)
-    share, mean = calibration_curve(galaxies[1], galaxies[0], n_bins=8, strategy="quantile")
+    table = reliability_table(*galaxies, bins=10)
+    share, mean = calibration_curve(galaxies[1], galaxies[0], n_bins=10, strategy="quantile")
     assert table["share"].to_numpy() == pytest.approx(share)
     assert table["mean_probability"].to_numpy() == pytest.approx(mean)
-    assert table["galaxies"].between(62, 63).all()
+    assert (table["galaxies"] == 50).all()
     hits = share * table["galaxies"]
     low = beta.ppf(0.05, hits + 0.5, table["galaxies"] - hits + 0.5)
     assert table["share_low"].to_numpy()[2:] == pytest.approx(low[2:])
@@ -45,6 +45,16 @@ def test_galaxies_of_the_same_probability_share_a_bin():
     probability, has_label = [0.5] * 100, [0] * 50 + [1] * 50
     assert expected_calibration_error(probability, has_label) == pytest.approx(0)
     assert len(reliability_table(probability, has_label)) == 1
+
+
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_many_galaxies_of_one_probability_are_in_no_bin_with_others(is_mirrored):
+    probability, has_label = np.repeat([0.05, 0.9], [950, 50]), np.repeat([1, 0, 1], [93, 905, 2])
+    if is_mirrored:
+        probability, has_label = 1 - probability, 1 - has_label
+    by_hand = 0.95 * (93 / 950 - 0.05) + 0.05 * (0.9 - 2 / 50)
+    assert expected_calibration_error(probability, has_label) == pytest.approx(by_hand)
+    assert sorted(reliability_table(probability, has_label)["galaxies"]) == [50, 950]
 
 
 def test_perfect_probabilities_have_the_error_of_chance():

@@ -3,8 +3,8 @@
 All of it is about one label: a probability for each galaxy, and whether it has the label. Galaxies can be weighted, for
 scores as they are in the sky (`intervals.class_weights_for`).
 
-Bins hold equal numbers of galaxies, so that no bin is empty and none has a value by chance; galaxies with the same
-probability are never in different bins.
+Bins hold equal numbers of galaxies, so that no bin is empty and none has a value by chance. Galaxies with the same
+probability are all in the bin of the middle one of them; where that is just between two bins, in the upper.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import rankdata
 
 from .intervals import CONFIDENCE, share_with_interval
 
@@ -191,8 +192,9 @@ def checked_galaxies(
 
 def _equal_bins(given: Floats, bins: int) -> Integers:
     """The bin of each galaxy, numbered from 0 without gaps."""
-    edges = np.quantile(given, np.arange(1, bins) / bins)
-    return np.unique(np.searchsorted(edges, given, side="right"), return_inverse=True)[1]
+    # By the middle, and not by an end, so that 1 - p has the bins of p.
+    middles = (rankdata(given) - 0.5) / len(given)
+    return np.unique((middles * bins).astype(np.int64), return_inverse=True)[1]
 
 
 def _bin_means(given: Floats, truth: Floats, shares: Floats, numbers: Integers) -> tuple[Floats, Floats, Floats]:
