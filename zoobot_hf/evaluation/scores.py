@@ -24,7 +24,7 @@ from .intervals import (
     share_with_interval,
 )
 from .metrics import SINGLE_LABEL, checked_labels, count_labelled
-from .reliability import calibration_error_by_chance, decompose_brier_score, expected_calibration_error
+from .reliability import calibration_error_by_chance, expected_calibration_error
 from .selection import POSTERIOR_DRAWS, selection_curve
 
 LABELLED_GALAXIES = "labelled galaxies"
@@ -218,7 +218,7 @@ class _Label:
             "average_precision": float(np.diff(from_zero) @ curve.purity),
             "log_loss": float(-np.average(np.log(np.clip(of_label, SMALLEST_PROBABILITY, 1)), weights=weights)),
             CALIBRATION_ERROR: expected_calibration_error(self.probability, self.has_label, weights=weights),
-            "brier_score": decompose_brier_score(self.probability, self.has_label, weights=weights).score,
+            "brier_score": float(np.average((self.probability - self.has_label) ** 2, weights=weights)),
             f"completeness_at_purity_{purity:g}": float(curve.completeness[pure].max(initial=0.0)),
             f"purity_at_completeness_{completeness:g}": float(curve.purity[complete].max()),
         }
