@@ -9,8 +9,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
+from astropy.time import Time
 
 from zoobot_hf.data.catalog import (
     CATALOG_FORMATS,
@@ -75,6 +77,7 @@ def test_a_fits_table_gives_native_numbers_and_stripped_text(folder):
         fits.Column("file_loc", format="12A", array=np.array(["0.png", "1.png", "2.png"])),
         fits.Column("mag", format="E", array=np.array([17.5, 18.0, 18.5])),
         fits.Column("flux_in_apertures", format="3E", array=np.ones((3, 3))),
+        fits.Column("visits", format="PJ()", array=np.array([[1], [2, 3], []], dtype=object)),
     ]
     fits.BinTableHDU.from_columns(columns).writeto(folder / "galaxies.fits")
 
@@ -83,7 +86,16 @@ def test_a_fits_table_gives_native_numbers_and_stripped_text(folder):
     assert list(catalog["id_str"]) == ["007", "b", "c"]
     assert list(catalog["mag"]) == [17.5, 18.0, 18.5]
     assert catalog["mag"].dtype == np.dtype("float32")
-    assert "flux_in_apertures" not in catalog.columns
+    assert list(catalog.columns) == ["id_str", "file_loc", "mag"]
+
+
+@pytest.mark.parametrize("suffix", [".ecsv", ".fits"])
+def test_coordinates_and_times_of_astropy_are_left_out(suffix, folder, table):
+    galaxies = Table.from_pandas(table)
+    galaxies["position"] = SkyCoord([1, 2, 3], [4, 5, 6], unit="deg")
+    galaxies["observed"] = Time(["2020-01-01", "2021-01-01", "2022-01-01"])
+    galaxies.write(folder / f"galaxies{suffix}")
+    assert list(read_catalog(folder / f"galaxies{suffix}").columns) == list(table.columns)
 
 
 def test_integer_names_keep_every_digit(folder, table):
@@ -287,6 +299,32 @@ def test_a_compressed_file_is_not_written(folder, table):
         write_catalog(table, folder / "galaxies.csv.gz")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([f"column_{number}" for number in range(1000)], r"has 1000 columns, and FITS holds at most 999; choose Parq"),
+        (
+            ["é"],
+            r"has a column 'é', and in FITS a name has at most 68 characters, all of them ASCII; choose Parquet or",
+        ),
+        (["x" * 69], "has a column 'x{69}', and in FITS a name has at most 68 characters"),
+        (["'" * 35], 'has a column "\'{35}", and in FITS a name has at most 68 characters'),
+    ],
+)
+def test_columns_that_fits_has_no_room_for_are_refused(names, message, folder):
+    table = pd.DataFrame([range(len(names))], columns=names)
+    with pytest.raises(CatalogError, match=rf"galaxies\.fit {message}"):
+        write_catalog(table, folder / "galaxies.fit")
+    write_catalog(table, folder / "galaxies.vot")
+    assert Table.read(folder / "galaxies.vot", use_names_over_ids=True).colnames == names
+
+
+def test_columns_that_fits_has_just_room_for_are_written(folder):
+    names = ["x" * 68, "'" * 34, *(f"column_{number}" for number in range(997))]
+    write_catalog(pd.DataFrame([range(999)], columns=names), folder / "galaxies.fits")
+    assert Table.read(folder / "galaxies.fits").colnames == names
+
+
 @pytest.mark.skipif(not RINGS.exists(), reason="needs ../shared/data/rings, which is not part of the project")
 def test_the_ring_galaxies_are_read():
     catalog = read_galaxies(RINGS, label_column="ring")
@@ -346,6 +384,16 @@ def test_whole_numbers_of_another_tools_parquet_keep_every_digit(folder):
     catalog = read_catalog(folder / "galaxies.parquet")
     assert catalog["target"].dropna().tolist() == IDENTIFIERS
     assert catalog["share"].dtype == "float64"
+
+
+@pytest.mark.parametrize("index", ["id_str", ["ring", "id_str"]])
+def test_names_that_are_the_index_of_a_parquet_file_are_read(index, folder, table):
+    table["target"] = pd.array([*IDENTIFIERS, None], dtype="Int64")
+    table.set_index(index).to_parquet(folder / "galaxies.parquet")
+    catalog = read_catalog(folder / "galaxies.parquet", label_column="ring")
+    assert catalog["id_str"].tolist() == NAMES
+    assert catalog["ring"].tolist() == [1, 0, 1]
+    assert catalog["target"].dropna().tolist() == IDENTIFIERS
 
 
 @pytest.mark.parametrize("suffix", CATALOG_FORMATS)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from astropy.io import fits
-from astropy.table import MaskedColumn, Table
+from astropy.table import Column, MaskedColumn, Table
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ _WIDER_TYPES = {
     "uint64": "int64",
     "float16": "float32",
 }
+# The FITS Standard 4.0, sections 7.3.1 (TFIELDS) and 4.2.1 (text in a header, where a quote is written twice).
+_MOST_FITS_COLUMNS, _LONGEST_FITS_NAME = 999, 68
 
 
 class CatalogError(ValueError):
@@ -94,8 +96,9 @@ def read_catalog(
     Returns:
         The file's rows in their order. `id_str` and `file_loc` are text; `file_loc` is absolute, and what was relative
         in the file is relative to the file's folder. The other columns are as they were, except that columns with
-        several values per row, which some FITS tables have, are left out. Whole numbers with missing ones among them
-        are Int64. In a CSV file a class may be called "None", but not "NA", "NaN", "NULL" or "N/A", which are missing.
+        several values per row, which some FITS tables have, and astropy's coordinates and times are left out. Whole
+        numbers with missing ones among them are Int64. The index of a Parquet file is a column if it has a name. In a
+        CSV file a class may be called "None", but not "NA", "NaN", "NULL" or "N/A", which are missing.
 
     Raises:
         CatalogError: The file is not there, has an unknown suffix or can't be read; a column is missing; there are no
@@ -196,10 +199,11 @@ def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
         path: Where to. The suffix says the format: those of `read_catalog`, not compressed.
 
     Raises:
-        CatalogError: The suffix is unknown or says compressed.
+        CatalogError: The suffix is unknown or says compressed; or what `check_columns_fit` refuses.
     """
     path = Path(path)
     file_format = _find_format_to_write(path)
+    check_columns_fit(table.columns, path=path)
     partial_path = path.with_name(f".partial-{path.name}")
     try:
         if file_format == "csv":
@@ -236,6 +240,32 @@ def check_catalog_can_be_written(path: str | Path) -> None:
             f"table {path} can't be written to the folder {path.parent}: {error.strerror}; make the folder, or choose "
             "one that you may write to."
         ) from error
+
+
+def check_columns_fit(names: Iterable[str], *, path: str | Path) -> None:
+    """Nothing, if a file's format can hold columns of these names, which FITS can't always.
+
+    Args:
+        names: All of the table's columns.
+        path: Where it shall go. The suffix says the format.
+
+    Raises:
+        CatalogError: It is FITS, and there are over 999 columns, or a name isn't ASCII or has over 68 characters.
+    """
+    columns = list(map(str, names))
+    if CATALOG_FORMATS.get(Path(path).suffix.lower()) != "fits":
+        return
+    if len(columns) > _MOST_FITS_COLUMNS:
+        raise CatalogError(
+            f"table {path} has {len(columns)} columns, and FITS holds at most {_MOST_FITS_COLUMNS}; choose Parquet or "
+            "VOTable."
+        )
+    for name in columns:
+        if not name.isascii() or not name.isprintable() or len(name.replace("'", "''")) > _LONGEST_FITS_NAME:
+            raise CatalogError(
+                f"table {path} has a column {name!r}, and in FITS a name has at most {_LONGEST_FITS_NAME} characters, "
+                "all of them ASCII; choose Parquet or VOTable, or rename it."
+            )
 
 
 def check_labels_exist(identifiers: pd.Series, *, labels: pd.Series, column: str) -> None:
@@ -407,7 +437,8 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     # Here too pandas makes floating-point numbers of whole ones with a gap.
     suspects = [name for name in table.columns if _is_whole_with_gaps(table[name])]
     exact = pd.read_parquet(path, columns=suspects, dtype_backend="numpy_nullable")
-    return table.assign(**{name: exact[name] for name in suspects if pd.api.types.is_integer_dtype(exact[name])})
+    table = table.assign(**{name: exact[name] for name in suspects if pd.api.types.is_integer_dtype(exact[name])})
+    return table.reset_index([name for name in table.index.names if name not in (None, *table.columns)])
 
 
 def _is_whole_with_gaps(column: pd.Series) -> bool:
@@ -427,21 +458,30 @@ def _read_with_astropy(path: Path, *, file_format: str) -> pd.DataFrame:
     # VOTable identifiers can't hold the hyphens of Galaxy Zoo's column names; the names can.
     options = {"use_names_over_ids": True} if file_format == "votable" else {}
     table = Table.read(path, format=file_format, **options)
+    others = [name for name in table.colnames if not _has_one_value_per_row(table[name])]
+    if others:
+        logger.info(
+            "%s: columns of several values per row, coordinates or times are left out: %s", path, ", ".join(others)
+        )
+        table.remove_columns(others)
     if file_format == "fits":
         _mask_undefined_logicals(table, path)
-    vector_columns = [name for name in table.colnames if len(table[name].shape) > 1]
-    if vector_columns:
-        logger.info("%s: columns with several values per row are left out: %s", path, ", ".join(vector_columns))
-        table.remove_columns(vector_columns)
     table.convert_bytestring_to_unicode()
     # Also turns the big-endian numbers of FITS into the machine's own, which pandas needs.
     catalog: pd.DataFrame = table.to_pandas(index=False)
     return catalog
 
 
+def _has_one_value_per_row(column: Any) -> bool:
+    # Coordinates and times are other classes. Arrays of various lengths are objects, as some texts are.
+    if not isinstance(column, Column) or column.ndim > 1:
+        return False
+    return column.dtype != object or not any(isinstance(value, (np.ndarray, list)) for value in column)
+
+
 def _mask_undefined_logicals(table: Table, path: Path) -> None:
     """FITS writes a logical value that is not known as a zero byte, which astropy takes for False."""
-    logicals = [name for name in table.colnames if table[name].dtype == bool and table[name].ndim == 1]
+    logicals = [name for name in table.colnames if table[name].dtype == bool]
     if not logicals:
         return
     with fits.open(path) as extensions:
