@@ -105,6 +105,24 @@ def test_what_the_run_no_longer_has_is_deleted_in_the_same_commit(hub, hub_token
     assert len(hub.commits(repo_id)) == 4
 
 
+def test_a_push_deletes_nothing_that_no_push_wrote(hub, hub_token, repo_id, run_folder):
+    own = ("handler.py", "scripts/heads.py", "figures/paper.png", "figures/rocks.png", "figures/supplement/roc.png")
+    (run_folder / "figures/roc_smooth_or_not.png").write_bytes(b"\0")
+    push_folder(run_folder, repo_id, token=hub_token, include_code=True)
+    for name in own:
+        HfApi(token=hub_token).upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id=repo_id)
+    (run_folder / "figures/roc_smooth_or_not.png").unlink()
+    push_folder(run_folder, repo_id, token=hub_token)
+    assert set(hub.files(repo_id)) == {*PUSHED, *own, ".gitattributes"}
+
+
+def test_a_pull_request_deletes_nothing_of_another_library(hub, hub_token, repo_id, run_folder):
+    theirs = {"README.md": b"---\nlibrary_name: timm\n---\n", "heads.py": b"theirs", "figures/roc.png": b"theirs"}
+    hub.add_repo(Repo("models", repo_id), {"config.json": b"{}", **theirs})
+    push_folder(run_folder, repo_id, token=hub_token, create_pr=True)
+    assert set(hub.files(repo_id, revision="refs/pr/1")) == {*PUSHED, *theirs}
+
+
 def test_the_models_code_travels_only_when_asked_to(hub, hub_token, repo_id, run_folder):
     push_folder(run_folder, repo_id, token=hub_token, include_code=True)
     files = hub.files(repo_id)

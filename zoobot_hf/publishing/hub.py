@@ -6,7 +6,6 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,11 @@ ADVANCED = "predictions-advanced.parquet"
 FIGURES = "figures"
 REQUIRED_FILES = (CONFIGURATION, "model.safetensors", PROCESSOR, MODEL_CARD)
 OPTIONAL_FILES = (METRICS, PREDICTIONS, FRIENDLY, ADVANCED)
-# Of these, a push deletes what an earlier one left and the run no longer has.
-REPLACED_FILES = (*OPTIONAL_FILES, f"{FIGURES}/*.png", "*.py")
+# The figures of `draw_figures`: those of a label's probabilities end in its name where several labels have them.
+FIGURE_OF_RUN = re.compile(
+    rf"{FIGURES}/(training_curves|confusion|most_wrong|vote_fractions"
+    r"|(reliability|completeness_and_purity|roc)(_\w*)?)\.png"
+)
 
 # Where the Auto classes of transformers find the code that travels along.
 CODE = {
@@ -70,8 +72,9 @@ def push_folder(
     """The URL of the model's repository, after one commit with the run's model, processor, card, table and figures.
 
     Checkpoints, optimizer states and logs stay where they are, and so do local paths. The card gets the repository's
-    name. Figures and tables of an earlier push that this run doesn't have are deleted in the same commit. A push of
-    what is already there makes no commit; one that failed can be repeated.
+    name. In a repository of zoobot_hf the same commit deletes metrics.json, tables, figures and modules that this run
+    doesn't have, known by the names that zoobot_hf gives them; it deletes nothing else. A push of what is already there
+    makes no commit; one that failed can be repeated.
 
     Args:
         folder: A finished run, with at least config.json, model.safetensors, preprocessor_config.json and README.md;
@@ -238,8 +241,12 @@ def _additions(contents: dict[str, Path | str]) -> list[CommitOperationAdd]:
 
 
 def _deletions(contents: dict[str, Path | str], before: ModelInfo) -> list[CommitOperationDelete]:
+    """Of what an earlier push can have left, all that the run no longer has."""
+    if before.library_name != LIBRARY:
+        return []
     there = [file.rfilename for file in before.siblings or []]
-    left = [name for name in there if any(fnmatch(name, pattern) for pattern in REPLACED_FILES)]
+    of_any_run = {*OPTIONAL_FILES, *_read_code()}
+    left = [name for name in there if name in of_any_run or FIGURE_OF_RUN.fullmatch(name)]
     return [CommitOperationDelete(name, is_folder=False) for name in left if name not in contents]
 
 
