@@ -4,6 +4,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
+import zoobot_hf
 from zoobot_hf.evaluation.vote_metrics import CONFIDENT_MAJORITY, CONFIDENT_VOTES
 from zoobot_hf.publishing.model_card import (
     ModelCardFacts,
@@ -102,6 +103,7 @@ def test_a_card_with_every_fact_has_every_section():
         "The unfrozen stage did better on the validation split",
         "drawn by a simulation",
         'classify = pipeline("image-classification", model="astronomer/ring-finder")',
+        "The pipeline is for 8-bit images without an alpha channel. For 16-bit, transparent or FITS images use",
         "On the test split, 44 galaxies:",
         "| | frozen stage | unfrozen stage |",
         "| accuracy | 0.650 | 0.760 |",
@@ -156,6 +158,8 @@ def test_the_lines_on_how_to_load_it_are_python():
     assert len(blocks) == 2
     for block in blocks:
         compile(block, "card", "exec")
+    (line,) = re.findall(r"^from zoobot_hf import (.*)$", blocks[1], flags=re.MULTILINE)
+    assert all(hasattr(zoobot_hf, name) for name in line.split(", "))
 
 
 @pytest.mark.parametrize("path", ["/home/someone/rings", "../shared/rings", "rings/"])
@@ -222,6 +226,38 @@ def test_small_shares_and_scores_are_not_shown_as_zero():
     text = render(**EVERYTHING | {"sky_prevalence": {"no ring": 0.99968, "ring": 0.00032}, "predictions_for": "sky"})
     assert "| taken for the sky's | 1.000 | 0.00032 |" in text
     assert "99.968% are no ring, 0.032% are ring" in text
+
+
+@pytest.mark.parametrize(
+    ("threshold", "shown"),
+    [(0.9996890912188662, "0.999689091"), (0.00037349999, "0.000373499"), (0.4271238, "0.427123"), (0.3, "0.300000")],
+)
+def test_the_threshold_on_a_card_selects_the_same_galaxies(threshold, shown):
+    estimates = dict.fromkeys(("completeness", "purity", "f1"), (0.8, 0.7, 0.9))
+    text = render(selections={"ring": {"threshold": threshold, "prevalence": 0.1, "aim": "best F1", **estimates}})
+    assert f"its probability is at least {shown}. This threshold" in text
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "said"),
+    [("single_label_classification", "accuracy and of what a"), ("multi_label_classification", "what a")],
+)
+def test_a_card_says_where_its_intervals_are_from(problem_type, said):
+    stage = StageFacts(name="frozen", scores={"labelled": {"roc_auc": (0.8, 0.7, 0.9)}})
+    text = render(problem_type=problem_type, stages=[stage])
+    assert f"90% intervals, from drawing the galaxies again; those of {said} threshold selects are from post" in text
+
+
+def test_a_bar_in_a_name_adds_no_column_to_a_table():
+    labels = ("no ring", "S0|Sa")
+    counts = {"train": {"no ring": 3, "S0|Sa": 4}}
+    text = render(labels=labels, counts=counts, sky_prevalence={"no ring": 0.9, "S0|Sa": 0.1})
+    assert "| galaxies | no ring | S0\\|Sa | all |\n" in text
+    assert "| share of galaxies | no ring | S0\\|Sa |\n" in text
+    question = {"name": "disk|bulge", "asked_after": ["S0|Sa"], "answers": [{"name": "a|b"}, {"name": "c"}]}
+    tree = {"name": "mine", "questions": [question]}
+    text = render(problem_type="votes", labels=labels, decision_tree=tree)
+    assert "| disk\\|bulge | a\\|b, c | S0\\|Sa |\n" in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 s"), (205, "3 min"), (3600, "1 h 0 min")])

@@ -1,7 +1,12 @@
+import numpy as np
+import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
-from zoobot_hf import FrozenStageArguments, FrozenStageTrainer
+from zoobot_hf import FrozenStageArguments, FrozenStageTrainer, measure_selection
+from zoobot_hf.publishing import run_folder
+from zoobot_hf.publishing.hub import FIGURE_OF_RUN
+from zoobot_hf.publishing.run_folder import JudgedLabel, JudgedVotes, draw_figures
 
 
 def test_a_single_stage_is_pushed_in_one_commit(
@@ -40,3 +45,26 @@ def test_a_single_stage_is_pushed_in_one_commit(
 def test_a_stage_is_pushed_at_its_end_alone(tmp_path):
     with pytest.raises(ValueError, match=r"hub_strategy is .*; a stage is pushed in one commit: choose .end.\."):
         FrozenStageArguments(output_dir=str(tmp_path), use_cpu=True, hub_strategy="every_save")
+
+
+def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp_path, monkeypatch):
+    for name in [name for name in vars(run_folder) if name.startswith("plot_")]:
+        monkeypatch.setattr(run_folder, name, lambda *_, **__: None)
+    probability, has_label = np.array([0.1, 0.9]), np.array([False, True])
+    selection = measure_selection(probability, has_label, threshold=0.5, prevalence=0.00032)
+    captions = draw_figures(
+        tmp_path,
+        histories={},
+        kept_stage="frozen",
+        kept_epoch=1,
+        metrics={"confusion": []},
+        label_names=["z < 1", "???"],
+        images=[],
+        judged=pd.DataFrame(),
+        judged_labels=[JudgedLabel(name, probability, probability, has_label, selection) for name in ("z < 1", "???")],
+        judged_votes=JudgedVotes(probability, probability, {}, 10),
+    )
+    assert len(captions) == 10
+    assert all(FIGURE_OF_RUN.fullmatch(path) for path in captions)
+    assert captions["figures/completeness_and_purity_z_1.png"].endswith("selected as 'z < 1', where 0.032% are.")
+    assert captions["figures/roc_.png"] == "ROC, and purity against completeness where 0.032% are '???'."

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 TEMPLATE = "model_card.md.jinja"
 LIBRARY = "zoobot_hf"
 LOADING_HEADING = "## How to use it"
-LOADING_WITH_CODE = """Where zoobot_hf is not installed, the code in this repository does the same:
+LOADING_WITH_CODE = """Where zoobot_hf is not installed, model and processor load with the code in this repository:
 
 ```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -228,6 +229,15 @@ def address_model_card(text: str, repo_id: str, *, with_code: bool = False) -> s
     return str(card.content)
 
 
+def share_to_show(share: float) -> str:
+    """In percent, with one decimal or as many as show two digits of what it is away from 0 and from 100.
+
+    Args:
+        share: 0-1.
+    """
+    return f"{share:.{_decimals(100 * min(share, 1 - share), least=1)}%}"
+
+
 def _local_address(model_name: str) -> str:
     return f"path/to/{model_name}"
 
@@ -243,8 +253,9 @@ def _environment() -> Environment:
     )
     environment.filters["score"] = _score_to_show
     environment.filters["estimate"] = _estimate_to_show
-    environment.filters["percent"] = _share_to_show
-    environment.filters["number"] = _number_to_show
+    environment.filters["percent"] = share_to_show
+    environment.filters["threshold"] = _threshold_to_show
+    environment.filters["cell"] = _text_of_cell
     return environment
 
 
@@ -368,10 +379,16 @@ def _number_to_show(value: float) -> str:
     return f"{value:.{_decimals(value, least=3)}f}"
 
 
-def _share_to_show(share: float) -> str:
-    """In percent, with one decimal or as many as show two digits of what it is away from 0 and from 100."""
-    return f"{share:.{_decimals(100 * min(share, 1 - share), least=1)}%}"
+def _threshold_to_show(threshold: float) -> str:
+    """Six digits of what it is away from 0 or from 1, rounded down, so that they select the same galaxies."""
+    decimals = _decimals(min(threshold, 1 - threshold), least=6, digits=6)
+    return f"{Decimal(str(threshold)).quantize(Decimal(1).scaleb(-decimals), rounding=ROUND_FLOOR):f}"
 
 
-def _decimals(value: float, *, least: int) -> int:
-    return max(least, 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else least
+def _decimals(value: float, *, least: int, digits: int = 2) -> int:
+    return max(least, digits - 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else least
+
+
+def _text_of_cell(text: str) -> str:
+    # A bar would end the cell of a table.
+    return text.replace("|", r"\|")

@@ -25,7 +25,7 @@ from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 
 from .hub import FIGURES, METRICS, MODEL_CARD
-from .model_card import ModelCardFacts, StageFacts, render_model_card
+from .model_card import ModelCardFacts, StageFacts, render_model_card, share_to_show
 
 
 class JudgedLabel(NamedTuple):
@@ -194,8 +194,8 @@ def _draw_probabilities(folder: Path, label: JudgedLabel, *, ending: str, whose:
     )
     return {
         reliability: f"Share of {label.name!r} found at each probability, among the {whose} as they are.",
-        selection: f"Completeness and purity of galaxies selected as {label.name!r}, where {share:.1%} are.",
-        ranking: f"ROC, and purity against completeness where {share:.1%} are {label.name!r}.",
+        selection: f"Completeness and purity of galaxies selected as {label.name!r}, where {share_to_show(share)} are.",
+        ranking: f"ROC, and purity against completeness where {share_to_show(share)} are {label.name!r}.",
     }
 
 
