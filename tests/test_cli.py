@@ -167,7 +167,7 @@ def contents(folder):
 # finetune ----------------------------------------------------------------------------------------------------------
 
 
-def test_finetune_leaves_a_folder_that_is_ready_for_the_hub(shared_run):
+def test_finetune_leaves_a_folder_that_is_ready_for_the_hub(shared_run, shared_galaxy_folder):
     assert set(contents(shared_run / "out")) == {
         "config.json",
         "model.safetensors",
@@ -185,6 +185,9 @@ def test_finetune_leaves_a_folder_that_is_ready_for_the_hub(shared_run):
         ),
     }
     assert (shared_run / "out-checkpoints" / "frozen" / "best" / "model.safetensors").is_file()
+    card = (shared_run / "out" / "README.md").read_text()
+    assert f"The dataset is {shared_galaxy_folder.name}." in card
+    assert str(shared_galaxy_folder) not in card
 
 
 def test_finetune_measures_both_stages_on_the_test_split(shared_run):

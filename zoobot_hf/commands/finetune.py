@@ -281,7 +281,7 @@ def _finetune(
         out_of_fold=out_of_fold,
         resume=options.resume,
         overwrite=options.overwrite,
-        dataset_name=Path(options.dataset).name if Path(options.dataset).exists() else options.dataset,
+        dataset_name=options.dataset,
         sky_prevalence=_sky_prevalence(options) if out_of_fold is None else None,
         decision_aim=options.decision_aim,
         decision_at_least=options.decision_at_least,

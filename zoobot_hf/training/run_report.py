@@ -15,6 +15,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 
 from zoobot_hf.data.catalog import write_catalog
+from zoobot_hf.data.dataset import HUB_IDENTIFIER
 from zoobot_hf.evaluation.intervals import CONFIDENCE
 from zoobot_hf.evaluation.judgement import Judgement, truth_of_label
 from zoobot_hf.evaluation.metrics import metrics_for
@@ -26,7 +27,13 @@ from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.publishing.hub import METRICS, MODEL_CARD, PREDICTIONS
-from zoobot_hf.publishing.model_card import ModelCardFacts, OutOfFoldFacts, StageFacts, render_model_card
+from zoobot_hf.publishing.model_card import (
+    ModelCardFacts,
+    OutOfFoldFacts,
+    StageFacts,
+    render_model_card,
+    share_to_show,
+)
 from zoobot_hf.publishing.run_folder import JudgedLabel, JudgedVotes, draw_figures, save_model, write_json
 
 from .cross_validation import CrossValidation
@@ -109,6 +116,7 @@ def write_run(
     kept = next(stage for stage in stages if stage.name == kept_stage)
     judgement = judgements.get(kept_stage)
     encoder = config.encoder_name or config.encoder_config.model_type
+    dataset_id = _hub_id(dataset_name)
     save_model(folder, model, processor)
     tables = _test_tables(model, kept, judged, judgement) if out_of_fold is None else {PREDICTIONS: out_of_fold.table}
     for name, table in tables.items():
@@ -130,8 +138,7 @@ def write_run(
     facts = ModelCardFacts(
         model_name=folder.resolve().name,
         encoder=encoder,
-        # Of a local folder only the name is kept, so that a name with an owner is one on the Hub.
-        base_model=encoder if "/" in encoder else None,
+        base_model=_hub_id(encoder),
         license=license_name,
         limits=LIMITS,
         labels=config.label_names,
@@ -157,7 +164,7 @@ def write_run(
         else {},
         remarks=_remarks(model, judgement, dataset),
         dataset_name=dataset_name,
-        dataset_ids=[dataset_name] if dataset_name is not None and "/" in dataset_name else (),
+        dataset_ids=[dataset_id] if dataset_id else (),
         counts=counts,
         cuts=cuts,
         training_prevalence=config.training_prevalence or {},
@@ -191,6 +198,11 @@ def metrics_of(
     metrics = metrics_for(model.config.problem_type, include_confusion=judgement is not None)
     results: dict[str, Any] = metrics.compute(predictions=predictions, references=np.asarray(judged["label"]))
     return results
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name where it is one on the Hub, with an owner; a path is nobody's business but the user's own."""
+    return name if name and HUB_IDENTIFIER.fullmatch(name) and not Path(name).exists() else None
 
 
 def _metrics_file(
@@ -231,13 +243,19 @@ def _stage_facts(
 
 
 def _scores_by_population(judgement: Judgement | None, whose: str) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """A table of scores for each population and label, by a heading in words."""
+    """A table of scores for each population and label, by a heading in words.
+
+    Two labels of which a galaxy has one share a table. Of more labels, the scores over all have a table of their own.
+    """
     tables: dict[str, dict[str, tuple[float, float, float]]] = {}
     for scores in _different_populations(judgement.scores) if judgement else ():
         place = f"{whose} as they are" if scores.population == LABELLED_GALAXIES else "expected in the sky"
+        are_two = len(scores.prevalence) == 2
+        if scores.overall and not are_two:
+            tables[f"{place}, all labels together"] = dict(scores.overall)
         for label, own in scores.labels.items():
-            table = {**scores.overall, **own}
-            tables[f"{place}, where {scores.prevalence[label]:.1%} are {label}"] = {
+            table = {**scores.overall, **own} if are_two else own
+            tables[f"{place}, where {share_to_show(scores.prevalence[label])} are {label}"] = {
                 # What chance alone would give was not drawn again, and has no interval.
                 name: (value, math.nan, math.nan) if name == CALIBRATION_ERROR_BY_CHANCE else (value, low, high)
                 for name, (value, low, high) in table.items()
