@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
-from small_trees import BAR, SMOOTH
+from small_trees import BAR, SMOOTH, make_question
 from tiny_models import with_decided_head
 from transformers import AutoModel, ConvNextConfig, pipeline
 
@@ -447,6 +447,21 @@ def test_a_tables_companion_does_not_overwrite_the_catalog(votes_folder, tree_fo
     assert "table-advanced.csv, the catalog itself, which would be lost" in line
 
 
+def test_a_companion_that_fits_has_no_room_for_is_refused_before_predicting(
+    shared_galaxy_folder, tmp_path, refused, monkeypatch
+):
+    bar = make_question("bar", "y" * 48, "no")  # _concentration still fits, _proportion-asked doesn't
+    model = ZoobotForGalaxyZoo(ZoobotConfig(ENCODER, decision_tree={"name": "one", "questions": [bar]}))
+    model.save_pretrained(tmp_path / "model")
+    ZoobotImageProcessor(32).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("zoobot_hf.commands.predict.predict_galaxies", lambda *_, **__: pytest.fail("predicted"))
+    arguments = ["--model", tmp_path / "model", "--images", shared_galaxy_folder, "--output", tmp_path / "table.fits"]
+    line = refused("predict", *arguments)
+    assert "table-advanced.fits has a column 'bar_yyy" in line
+    assert "in FITS a name has at most 68 characters" in line
+    assert not list(tmp_path.glob("*.fits"))
+
+
 # predict -----------------------------------------------------------------------------------------------------------
 
 
@@ -604,6 +619,21 @@ def test_a_bad_image_is_a_failure_and_the_others_are_predicted(
     failures = pd.read_csv(failures_path)
     assert failures["id_str"].tolist() == ["galaxy_03"]
     assert reason in failures["reason"][0]
+
+
+def test_the_failures_are_written_even_where_the_table_can_not_be(
+    galaxy_folder, model_folder, tmp_path, refused, monkeypatch
+):
+    def fail(*_, **__):
+        raise OSError("the disk is full")
+
+    (galaxy_folder / "images" / "galaxy_03.png").unlink()
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", fail)
+    output = tmp_path / "table.parquet"
+    assert "the disk is full" in refused(
+        "predict", "--model", model_folder, "--images", galaxy_folder, "--output", output
+    )
+    assert pd.read_csv(tmp_path / "table-failures.csv")["id_str"].tolist() == ["galaxy_03"]
 
 
 def test_the_failures_of_an_earlier_run_are_removed(galaxy_folder, model_folder, tmp_path, zoobot_hf):

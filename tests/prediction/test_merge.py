@@ -114,7 +114,10 @@ def test_what_can_not_be_joined_is_named(survey_folder, galaxy_folder, tmp_path)
     whole.assign(probability_ring=1).to_csv(galaxy_folder / "twice.csv", index=False)
     with pytest.raises(CatalogError, match="both have a column 'probability_ring'"):
         merge_predictions(survey_folder, tmp_path / "merged.csv", catalog=galaxy_folder / "twice.csv")
-    assert not (tmp_path / "merged.csv").exists()
+    whole.assign(**{"größe": 1}).to_csv(galaxy_folder / "foreign.csv", index=False)
+    with pytest.raises(CatalogError, match=r"merged\.fits has a column 'größe', and in FITS a name has at most 68"):
+        merge_predictions(survey_folder, tmp_path / "merged.fits", catalog=galaxy_folder / "foreign.csv")
+    assert not list(tmp_path.glob("*merged*"))
 
 
 def test_what_is_not_finished_or_damaged_is_not_merged(survey_folder, tmp_path):

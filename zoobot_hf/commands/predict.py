@@ -1,7 +1,7 @@
 """`zoobot-hf predict`: a table of predictions for a catalog, a folder of images or a survey."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +10,7 @@ from accelerate import PartialState
 from ..data.catalog import (
     check_catalog_can_be_written,
     check_catalog_is_kept,
+    check_columns_fit,
     find_catalog,
     read_galaxies,
     write_catalog,
@@ -17,7 +18,7 @@ from ..data.catalog import (
 from ..evaluation.vote_tables import advanced_table, friendly_table
 from ..models.configuration_zoobot import PREVALENCES, ZoobotConfig
 from ..prediction.embeddings import predict_embeddings
-from ..prediction.galaxies import predict_galaxies
+from ..prediction.galaxies import predict_galaxies, table_of
 from ..prediction.pieces import names_archive, names_hub_dataset
 from ..prediction.runs import Survey
 from ..prediction.survey import predict_survey
@@ -130,8 +131,9 @@ def _predict_table(options: argparse.Namespace) -> int:
     _check_tables(Path(options.images), options.output, failures_path)
     catalog = read_galaxies(options.images, images_must_exist=False)
     model, processor = load_classifier(options.model)
-    if model.config.decision_tree is not None:
-        _check_tables(Path(options.images), *_paths_of_votes(options.output).values())
+    for path, empty in _tables(options.output, table_of([], model, prevalence=options.prevalence), model.config):
+        _check_tables(Path(options.images), path)
+        check_columns_fit(empty.columns, path=path)
     table, failures = predict_galaxies(
         model,
         processor,
@@ -142,24 +144,25 @@ def _predict_table(options: argparse.Namespace) -> int:
         torch_compile=options.torch_compile,
         bf16=options.bf16,
     )
-    write_catalog(table, options.output)
-    print(f"{len(table)} galaxies: {options.output}")
-    if model.config.decision_tree is not None:
-        for make_table, path in _paths_of_votes(options.output).items():
-            write_catalog(make_table(table, model.config), path)
-            print(f"{len(table)} galaxies: {path}")
     if failures.empty:
         failures_path.unlink(missing_ok=True)  # an earlier run's, and no longer true
+    else:
+        write_catalog(failures, failures_path)
+    for path, whole in _tables(options.output, table, model.config):
+        write_catalog(whole, path)
+        print(f"{len(whole)} galaxies: {path}")
+    if failures.empty:
         return 0
-    write_catalog(failures, failures_path)
     complain(f"{len(failures)} of {len(catalog)} images can't be read; their reasons: {failures_path}")
     return 1
 
 
-def _paths_of_votes(output: Path) -> dict[Callable[[pd.DataFrame, ZoobotConfig], pd.DataFrame], Path]:
-    """Where the tables of a decision tree go, by what makes them."""
-    makers = {"friendly": friendly_table, "advanced": advanced_table}
-    return {maker: output.with_name(f"{output.stem}-{name}{output.suffix}") for name, maker in makers.items()}
+def _tables(output: Path, table: pd.DataFrame, config: ZoobotConfig) -> Iterator[tuple[Path, pd.DataFrame]]:
+    """The table of predictions and, of a decision tree, the two that follow from it, each with where it goes."""
+    yield output, table
+    if config.decision_tree is not None:
+        for name, make_table in {"friendly": friendly_table, "advanced": advanced_table}.items():
+            yield output.with_name(f"{output.stem}-{name}{output.suffix}"), make_table(table, config)
 
 
 def _check_tables(images: Path, *tables: Path) -> None:

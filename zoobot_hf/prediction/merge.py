@@ -18,6 +18,7 @@ from zoobot_hf.data.catalog import (
     CATALOG_FORMATS,
     CatalogError,
     check_catalog_is_kept,
+    check_columns_fit,
     column_for_astropy,
     describe,
     read_catalog,
@@ -53,7 +54,7 @@ def merge_predictions(
     Raises:
         SurveyError: The folder holds no finished predictions, or a damaged file of them.
         CatalogError: The suffix is unknown; the catalog lacks a galaxy, or has a column of the same name; the path is
-            the catalog's.
+            the catalog's; or what `check_columns_fit` refuses.
         ValueError: A table that isn't known, or that the model hasn't.
     """
     path, folder = Path(path), Path(folder)
@@ -81,6 +82,7 @@ def merge_predictions(
         if file_format == "csv":
             return _write_csv(pieces, partial)
         whole = pd.concat(list(pieces), ignore_index=True)
+        check_columns_fit(whole.columns, path=path)
         _write_with_astropy(whole, partial, facts, joined=joined, file_format=file_format)
         return len(whole)
 
