@@ -146,6 +146,23 @@ def test_a_damaged_file_is_noticed_and_made_again(damage, key, layer_norm_model,
     assert torch.equal(before, after)
 
 
+def test_another_run_may_compute_the_same_meanwhile(layer_norm_model, galaxies, processor, tmp_path, monkeypatch):
+    run_encoder = embedding_cache._run_encoder
+
+    def compute(folder="cache"):
+        return store_embeddings(layer_norm_model, galaxies, processor, cache_dir=tmp_path / folder).values
+
+    def run_beside_another(*args, **kwargs):
+        monkeypatch.setattr(embedding_cache, "_run_encoder", run_encoder)
+        compute()
+        run_encoder(*args, **kwargs)
+
+    expected = compute("alone")
+    monkeypatch.setattr(embedding_cache, "_run_encoder", run_beside_another)
+    assert torch.equal(compute(), expected)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_too_little_space_is_said_before_the_encoder_runs(key, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(OSError, match=r"take 0\.0 MB in .*cache --clear"):

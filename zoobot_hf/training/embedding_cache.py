@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import struct
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -437,7 +439,9 @@ class _EmbeddingFile:
 
     def __init__(self, path: Path, shape: tuple[int, int, int], *, dtype: str, encoder_name: str) -> None:
         self.path = path
-        self.partial = path.with_suffix(".safetensors.partial")
+        # A name for this run alone, the same on all of its processes: another run may compute the same embeddings.
+        (name,) = broadcast_object_list([f"{path.name}.{uuid.uuid4().hex}.partial"])
+        self.partial = path.with_name(name)
         self.views = shape[1]
         self.dtype = np.dtype(dtype)
         self.bytes_an_image = shape[1] * shape[2] * self.dtype.itemsize
