@@ -95,8 +95,8 @@ def test_several_labels_are_scored_one_by_one():
     assert results["confusion"] == [[[0, 1], [1, 1]], [[2, 0], [0, 1]]]
 
 
-def test_a_multi_label_reference_that_is_unknown_counts_for_nothing():
-    unknown = float("nan")
+@pytest.mark.parametrize("unknown", [float("nan"), None])
+def test_a_multi_label_reference_that_is_unknown_counts_for_nothing(unknown):
     probabilities = [[0.9, 0.2], [0.2, 0.3], [0.8, 0.6]]
     results = compute(MULTI, probabilities, [[1, unknown], [0, unknown], [unknown, unknown]])
     assert results["accuracy"] == 1.0
@@ -170,6 +170,20 @@ def test_trainer_gets_multi_label_scores_from_logits():
     function = metrics.metrics_for_trainer(MULTI)
     evaluated = EvalPrediction(predictions=np.array([[2.0, -1.0], [-3.0, 1.0]]), label_ids=np.array([[1.0, 0], [0, 1]]))
     assert function(evaluated)["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI, "regression"])
+@pytest.mark.parametrize("output", [np.nan, np.inf])
+def test_trainer_gets_nan_of_a_model_that_diverged(problem_type, output):
+    function = metrics.metrics_for_trainer(problem_type)
+    labels = np.array([0, 1]) if problem_type == SINGLE else np.array([[0.0, 1.0], [1.0, 0.0]])
+    finite, diverged = (
+        function(EvalPrediction(predictions=np.array([[0.0, 1.0], [value, 0.0]]), label_ids=labels))
+        for value in (2.0, output)
+    )
+    assert diverged.keys() == finite.keys()
+    assert all(math.isnan(value) for value in diverged.values())
+    assert not any(math.isnan(value) for value in finite.values())
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])

@@ -85,10 +85,11 @@ class ClassificationMetric(_MetricInMemory):
         self, *, predictions: Sequence[Sequence[float]], references: Sequence[Any]
     ) -> dict[str, float | list[Any]]:
         probabilities = np.asarray(predictions, dtype=np.float64)
-        labels = np.asarray(references)
         if self.config_name == MULTI_LABEL:
-            _check_multi_label(probabilities, labels)
-            return {self.name: self._score_multi_label(probabilities, labels)}
+            several = np.asarray(references, dtype=np.float64)  # None, as a table has what is missing, becomes NaN
+            _check_multi_label(probabilities, several)
+            return {self.name: self._score_multi_label(probabilities, several)}
+        labels = np.asarray(references)
         _check_single_label(probabilities, labels)
         return {self.name: self._score_single_label(_rows_that_add_up_to_one(probabilities), labels)}
 
@@ -339,7 +340,8 @@ def metrics_for_trainer(
 
     Returns:
         A function from an `EvalPrediction` to a dictionary from metric name to value. It takes logits, before softmax
-        or sigmoid, and applies that itself; a regression's outputs are taken as they are.
+        or sigmoid, and applies that itself; a regression's outputs are taken as they are. Each value is NaN where the
+        model has diverged and some output is not finite.
 
     Raises:
         ValueError: When the problem type is none of the three.
@@ -347,8 +349,14 @@ def metrics_for_trainer(
     metrics_for(problem_type)  # a wrong problem type shows here, and not after the first epoch
 
     def compute_metrics(evaluated: EvalPrediction) -> dict[str, Any]:
-        predictions, references = _predictions_and_references(evaluated, problem_type)
+        # Trainer hands over a tuple when the model returns more than logits; logits come first.
+        given = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
+        outputs = np.asarray(given, dtype=np.float64)
         metrics = metrics_for(problem_type, include_confusion=include_confusion)
+        # A stage that diverges must not end a run whose other stage is done.
+        if not np.isfinite(outputs).all():
+            return dict.fromkeys((metric.name for metric in metrics.evaluation_modules), float("nan"))
+        predictions, references = _predictions_and_references(outputs, evaluated.label_ids, problem_type)
         results: dict[str, Any] = metrics.compute(predictions=predictions, references=references)
         return results
 
@@ -382,16 +390,15 @@ def sigmoid(logits: npt.ArrayLike) -> Floats:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * np.asarray(logits, dtype=np.float64))))
 
 
-def _predictions_and_references(evaluated: EvalPrediction, problem_type: str) -> tuple[Floats, npt.NDArray[Any]]:
-    # Trainer hands over a tuple when the model returns more than logits; logits come first.
-    logits = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
-    references = np.asarray(evaluated.label_ids)
+def _predictions_and_references(
+    outputs: Floats, labels: npt.ArrayLike, problem_type: str
+) -> tuple[Floats, npt.NDArray[Any]]:
+    references = np.asarray(labels)
     if problem_type == SINGLE_LABEL:
-        return softmax(logits), references
+        return softmax(outputs), references
     if problem_type == MULTI_LABEL:
-        return sigmoid(logits), references
-    values = np.asarray(logits, dtype=np.float64)
-    return values.reshape(len(values), -1), references.reshape(len(values), -1)
+        return sigmoid(outputs), references
+    return outputs.reshape(len(outputs), -1), references.reshape(len(outputs), -1)
 
 
 def check_probabilities(probabilities: Floats, problem_type: str) -> None:
