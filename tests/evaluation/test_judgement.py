@@ -126,9 +126,9 @@ def test_a_class_that_validation_lacks_leaves_the_rest_in_place(balanced):
     assert judgement.fields["calibration_temperature"] is None
     assert judgement.fields["decision_threshold"] is None
     assert len(judgement.scores) == 2
-    assert ["The probabilities are not calibrated" in judgement.remarks[0], "No threshold" in judgement.remarks[1]] == [
-        True,
-        True,
+    assert judgement.remarks == [
+        "The probabilities are not calibrated, and no threshold selects ring: the validation galaxies need some with "
+        "and some without it."
     ]
 
 
@@ -144,8 +144,9 @@ def test_each_of_several_labels_has_a_threshold_where_it_is_known():
     labels[::7, 1] = np.nan
     outputs = np.stack([logits[:, 1], -logits[:, 1]], axis=1)
     config = config_of({0: "ring", 1: "no ring"}, problem_type="multi_label_classification")
+    given = [[None if np.isnan(value) else value for value in row] for row in labels]  # as a table has it
     judgement = judge(
-        config, validation_logits=outputs, validation_labels=labels, test_logits=outputs, test_labels=labels
+        config, validation_logits=outputs, validation_labels=given, test_logits=outputs, test_labels=given
     )
     assert set(judgement.fields["decision_threshold"]) == {"ring", "no ring"}
     known = int(np.isfinite(labels[:, 1]).sum())
@@ -154,7 +155,7 @@ def test_each_of_several_labels_has_a_threshold_where_it_is_known():
 
 def test_the_share_of_each_label_leaves_out_what_is_not_known():
     assert prevalence_of([0, 1, 1, 1], "single_label_classification", count=3) == [0.25, 0.75, 0.0]
-    shares = prevalence_of([[0, np.nan], [1, 1]], "multi_label_classification", count=2)
+    shares = prevalence_of([[0, None], [1, 1]], "multi_label_classification", count=2)
     assert shares == [0.5, 1.0]
 
 
@@ -180,8 +181,11 @@ def test_a_label_that_no_test_galaxy_has_costs_the_others_nothing():
     assert own[:, 0].mean() == pytest.approx(0.5, abs=0.05)
     np.testing.assert_array_equal(own[:, 1], judgement.probabilities[:, 1])
     assert [list(scores.labels) for scores in judgement.scores] == [["ring"], ["ring"]]
-    remark = "The scores leave out merger: the test galaxies need some with and some without it."
-    assert judgement.remarks.count(remark) == 1
+    need = "the test galaxies need some with and some without it."
+    assert judgement.remarks == [
+        f"There are no scores of merger: {need}",
+        f"The selections of merger can't be measured: {need}",
+    ]
 
 
 def test_a_class_that_no_test_galaxy_has_gets_no_probability_and_the_rest_is_scored():
@@ -208,8 +212,12 @@ def test_a_class_that_no_test_galaxy_has_gets_no_probability_and_the_rest_is_sco
     (scores,) = judgement.scores
     assert list(scores.labels) == ["smooth", "ring"]
     assert scores.overall["accuracy"].value == pytest.approx(np.mean(own.argmax(axis=1) == labels[there]))
-    assert any("The scores leave out rare" in remark for remark in judgement.remarks)
-    assert any("The test galaxies allow no scores for the sky" in remark for remark in judgement.remarks)
+    need = "the test galaxies need some with and some without it."
+    assert judgement.remarks == [
+        f"There are no scores of rare: {need}",
+        f"There are no scores for the sky, which has rare: {need}",
+        f"The selections of rare can't be measured: {need}",
+    ]
 
 
 def test_the_share_of_a_label_that_nobody_knows_is_not_a_number():
@@ -219,14 +227,21 @@ def test_the_share_of_a_label_that_nobody_knows_is_not_a_number():
 
 def test_galaxies_of_one_class_allow_no_scores(balanced):
     logits, labels = draw(200, seed=2)
-    is_other = labels == 0
-    judgement = judge(
-        balanced,
-        validation_logits=logits,
-        validation_labels=labels,
-        test_logits=logits[is_other],
-        test_labels=labels[is_other],
-    )
+    others, validation = logits[labels == 0], {"validation_logits": logits, "validation_labels": labels}
+    judgement = judge(balanced, **validation, test_logits=others, test_labels=np.zeros(len(others), int))
     assert judgement.scores == []
+    assert judgement.selections == {}
     np.testing.assert_array_equal(judgement.probabilities_as_labelled, judgement.probabilities)
-    assert any("The test galaxies allow no scores as they are: all galaxies are" in text for text in judgement.remarks)
+    out_of_fold = judge_out_of_fold(
+        balanced,
+        **validation,
+        probabilities=judgement.probabilities,
+        labels=np.zeros(len(others), int),
+        is_validation=np.zeros(len(others), bool),
+    )
+    for own, whose in ((judgement, "test galaxies"), (out_of_fold, "galaxies out of fold")):
+        need = f"the {whose} need some with and some without it."
+        assert own.remarks == [
+            f"There are no scores of ring: {need}",
+            f"The selections of ring can't be measured: {need}",
+        ]

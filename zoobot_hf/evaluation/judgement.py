@@ -139,14 +139,14 @@ class _Judge:
             self.assumed = effective_training_prevalence(config)
 
     def calibrate(self, logits: Floats, labels: Labels) -> Calibration | None:
-        calibration = None
-        try:
+        calibration, lacking = None, self.labels_without_contrast(labels)
+        if lacking:
+            consequence = f"The probabilities are not calibrated, and no threshold selects {', '.join(lacking)}"
+            self.remark(consequence, whose="validation galaxies")
+        else:
             calibration = fit_calibration(
                 logits, labels, problem_type=self.config.problem_type, training_prevalence=self.assumed
             )
-        except ValueError as error:
-            self.remarks.append(f"The probabilities are not calibrated: {error}")
-        else:
             for name, value in calibration.config_fields().items():
                 setattr(self.config, name, value)
         if self.assumed is not None and self.config.sky_prevalence is not None:
@@ -160,8 +160,11 @@ class _Judge:
 
     def choose_thresholds(self, logits: Floats, labels: Labels, aim: str, at_least: float | None) -> None:
         given, thresholds = self.probabilities(logits), {}
+        lacking = self.labels_without_contrast(labels)
         for number in self.selected_labels():
             name = self.config.label_names[number]
+            if name in lacking:
+                continue
             known, has_label = truth_of_label(labels, number, self.config.problem_type)
             try:
                 selection = choose_threshold(
@@ -187,6 +190,7 @@ class _Judge:
         is_selectable: Booleans | None = None,
     ) -> Judgement:
         selectable = slice(None) if is_selectable is None else is_selectable
+        whose = "test galaxies" if is_selectable is None else "galaxies out of fold"
         as_labelled = self._as_labelled(given, labels)
         names = ("calibration_temperature", "calibration_shift", "predictions_for", "decision_threshold")
         return Judgement(
@@ -195,10 +199,10 @@ class _Judge:
             probabilities=given,
             probabilities_as_labelled=as_labelled,
             scores=[
-                *self._score(as_labelled, labels, None),
-                *(self._score(given, labels, self.sky) if self.sky else []),
+                *self._score(as_labelled, labels, None, whose=whose),
+                *(self._score(given, labels, self.sky, whose=whose) if self.sky else []),
             ],
-            selections=self._measure_selections(given[selectable], labels[selectable]),
+            selections=self._measure_selections(given[selectable], labels[selectable], whose=whose),
             remarks=self.remarks,
         )
 
@@ -209,6 +213,17 @@ class _Judge:
         # Of two labels of which each galaxy has one, the second is what is looked for: a ring.
         is_one_of_two = self.config.problem_type == SINGLE_LABEL and self.config.num_labels == 2
         return [1] if is_one_of_two else range(self.config.num_labels)
+
+    def labels_without_contrast(self, labels: Labels) -> list[str]:
+        """The labels that all of these galaxies have, or none: nothing can be fitted to them or measured of them."""
+        names, problem_type = self.config.label_names, self.config.problem_type
+        truths = {names[number]: truth_of_label(labels, number, problem_type)[1] for number in self.selected_labels()}
+        return [name for name, has_label in truths.items() if len(np.unique(has_label)) < 2]
+
+    def remark(self, consequence: str, *, whose: str) -> None:
+        remark = f"{consequence}: the {whose} need some with and some without it."
+        if remark not in self.remarks:
+            self.remarks.append(remark)
 
     def _as_labelled(self, given: Floats, labels: Labels) -> Floats:
         """Probabilities for the prevalence of the galaxies given.
@@ -231,35 +246,33 @@ class _Judge:
             problem_type=self.config.problem_type,
         )
 
-    def _score(self, given: Floats, labels: Labels, sky: list[float] | None) -> list[Scores]:
+    def _score(self, given: Floats, labels: Labels, sky: list[float] | None, *, whose: str) -> list[Scores]:
         names, problem_type = self.config.label_names, self.config.problem_type
-        try:
-            scores = score_probabilities(
-                given, labels, label_names=names, problem_type=problem_type, sky_prevalence=sky
-            )
-        except ValueError as error:
-            population = "as they are" if sky is None else "for the sky"
-            self.remarks.append(f"The test galaxies allow no scores {population}: {error}")
+        lacking = self.labels_without_contrast(labels)
+        if lacking:
+            self.remark(f"There are no scores of {', '.join(lacking)}", whose=whose)
+        if len(lacking) == len(self.selected_labels()):
             return []
-        left_out = [names[number] for number in self.selected_labels() if names[number] not in scores.labels]
-        remark = f"The scores leave out {', '.join(left_out)}: the test galaxies need some with and some without it."
-        if left_out and remark not in self.remarks:
-            self.remarks.append(remark)
-        return [scores]
+        # No weight gives a class without a galaxy its share of the sky.
+        if lacking and sky and problem_type == SINGLE_LABEL:
+            self.remark(f"There are no scores for the sky, which has {', '.join(lacking)}", whose=whose)
+            return []
+        return [score_probabilities(given, labels, label_names=names, problem_type=problem_type, sky_prevalence=sky)]
 
-    def _measure_selections(self, given: Floats, labels: Labels) -> dict[str, Selection]:
-        selections = {}
-        for name, threshold in (self.config.decision_threshold or {}).items():
+    def _measure_selections(self, given: Floats, labels: Labels, *, whose: str) -> dict[str, Selection]:
+        selections, thresholds = {}, self.config.decision_threshold or {}
+        lacking = [name for name in self.labels_without_contrast(labels) if name in thresholds]
+        if lacking:
+            self.remark(f"The selections of {', '.join(lacking)} can't be measured", whose=whose)
+        for name, threshold in thresholds.items():
+            if name in lacking:
+                continue
             number = self.config.label_names.index(name)
             known, has_label = truth_of_label(labels, number, self.config.problem_type)
-            try:
-                selection = measure_selection(
-                    given[known, number], has_label, threshold=threshold, prevalence=self.sky_share(number)
-                )
-            except ValueError as error:
-                self.remarks.append(f"The selection of {name!r} can't be measured: {error}")
-            else:
-                selections[name] = selection._replace(aim=str(self.config.decision_aim))
+            selection = measure_selection(
+                given[known, number], has_label, threshold=threshold, prevalence=self.sky_share(number)
+            )
+            selections[name] = selection._replace(aim=str(self.config.decision_aim))
         return selections
 
 
@@ -271,7 +284,7 @@ def prevalence_of(labels: npt.ArrayLike, problem_type: str, *, count: int) -> li
         problem_type: "single_label_classification" or "multi_label_classification".
         count: How many labels there are.
     """
-    values = np.asarray(labels)
+    values = np.asarray(labels, dtype=np.float64)
     if problem_type == SINGLE_LABEL:
         return (np.bincount(values.astype(np.int64), minlength=count) / max(len(values), 1)).tolist()
     with np.errstate(invalid="ignore"):  # NaN for a label that is known of no galaxy
@@ -308,7 +321,7 @@ def truth_of_label(labels: npt.ArrayLike, number: int, problem_type: str) -> tup
         number: The label's.
         problem_type: "single_label_classification" or "multi_label_classification".
     """
-    values = np.asarray(labels)
+    values = np.asarray(labels, dtype=np.float64)  # None, as a table has what is missing, becomes NaN
     if problem_type == SINGLE_LABEL:
         return np.ones(len(values), dtype=bool), values == number
     known = ~np.isnan(values[:, number])
