@@ -88,6 +88,7 @@ def test_images_are_decoded_only_when_they_are_read(tmp_path):
         (["1", "0", "1"], CLASS_NAMES, [1, 0, 1]),
         ([10, 9, 2], ["2", "9", "10"], [2, 1, 0]),
         (["spiral", "bar", "spiral"], ["bar", "spiral"], [1, 0, 1]),
+        (pd.Series([True, False, True], dtype=object), ["not ring", "ring"], [1, 0, 1]),
         (pd.Categorical(["b", "a", "b"], categories=["b", "a"]), ["b", "a"], [0, 1, 0]),
     ],
 )
@@ -153,15 +154,36 @@ def test_multi_label_classification_has_zero_one_or_nan_per_column(tmp_path):
 def test_numbers_that_are_none_are_named(tmp_path):
     catalog = make_catalog(tmp_path, 2, bar=["0.1", "many"], arms=[1, 2])
 
-    with pytest.raises(CatalogError, match="column 'bar' has the label 'many'; labels here must be numbers"):
+    with pytest.raises(
+        CatalogError, match="column 'bar' has the label 'many' for 1 galaxy: 'g1'; labels here must be fin"
+    ):
         catalog_to_dataset(catalog, label_column="bar", problem_type="regression")
-    with pytest.raises(CatalogError, match="column 'arms' has the label 2; labels here must be 0 or 1"):
+    with pytest.raises(CatalogError, match="'arms' has the label 2 for 1 galaxy: 'g1'; labels here must be 0 or 1, or"):
         catalog_to_dataset(catalog, label_column="arms", problem_type="multi_label_classification")
+
+
+@pytest.mark.parametrize("value", [-np.inf, 1e39, "inf"])
+def test_numbers_that_are_not_finite_are_named_with_their_galaxies(value, tmp_path):
+    catalog = make_catalog(tmp_path, 3, mass=pd.Series([10.5, None, value]))
+    with pytest.raises(
+        CatalogError, match=r"'mass' has the label .* for 1 galaxy: 'g2'; labels here must be finite num"
+    ):
+        catalog_to_dataset(catalog, label_column="mass", problem_type="regression")
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     with pytest.raises(CatalogError, match="no column 'ring', 'mag'; the columns are 'id_str', 'file_loc', 'bar'"):
         catalog_to_dataset(make_catalog(tmp_path, 1, bar=[1]), label_column="ring", keep_columns=["mag"])
+
+
+@pytest.mark.parametrize("name", ["id_str", "file_loc", "label"])
+def test_columns_that_the_dataset_has_anyway_are_not_kept(name, tmp_path):
+    catalog = make_catalog(tmp_path, 2, label=[0, 1])
+    with pytest.raises(
+        CatalogError, match=f"keep_columns names '{name}', and the dataset has .*; leave it out, or ren"
+    ):
+        catalog_to_dataset(catalog, label_column="label", keep_columns=[name])
+    assert catalog_to_dataset(catalog, label_column=None, keep_columns=["label"])["label"][:] == [0, 1]
 
 
 def test_problem_types_are_checked(tmp_path):
@@ -346,6 +368,13 @@ def test_a_hub_dataset_is_renamed_and_labelled(hub):
     assert splits["train"][0]["image"].size == (4, 4)
 
 
+@pytest.mark.parametrize("name", ["iauname", "picture"])
+def test_columns_of_the_hub_that_are_renamed_are_not_kept(name, hub):
+    hub(datasets.DatasetDict(train=make_hub_split([0, 1])))
+    with pytest.raises(CatalogError, match=f"keep_columns names '{name}', and the dataset has"):
+        load_galaxy_dataset("user/rings", **HUB_COLUMNS, keep_columns=[name])
+
+
 def test_class_names_of_the_hub_are_kept_in_their_order(hub):
     feature = datasets.ClassLabel(names=["ring", "not ring"])
     hub(datasets.DatasetDict(train=make_hub_split([0, 1], feature=feature)))
@@ -445,6 +474,13 @@ def test_a_folder_in_the_layout_of_the_hub_is_loaded(tmp_path, monkeypatch):
         load_galaxy_dataset(tmp_path / "rings", **HUB_COLUMNS, configuration="classification")
 
 
+def test_a_configuration_of_the_hub_may_have_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rings/small").mkdir(parents=True)
+    make_hub_split([0, 1, 1]).to_parquet(tmp_path / "rings/small/train-00000-of-00001.parquet")
+    assert identifiers_of(load_galaxy_dataset(tmp_path / "rings", **HUB_COLUMNS)) == {"train": ["g0", "g1", "g2"]}
+
+
 def test_a_folder_with_a_catalog_is_loaded(tmp_path):
     write_catalog(make_catalog(tmp_path, 3, ring=[1, 0, 1], mag=[1.0, 2.0, 3.0]), tmp_path / "catalog.csv")
 
@@ -459,6 +495,8 @@ def test_a_folder_with_a_catalog_is_loaded(tmp_path):
 def test_a_folder_of_classes_is_loaded(tmp_path):
     save_image(tmp_path / "ring/1.png")
     save_image(tmp_path / "no ring/2.png")
+    (tmp_path / "run").mkdir()
+    pd.DataFrame({"id_str": ["2"]}).to_parquet(tmp_path / "run/predictions.parquet")
 
     galaxies = load_galaxy_dataset(tmp_path, label_column="class")
 
@@ -478,6 +516,23 @@ def test_a_folder_of_splits_keeps_them(tmp_path):
     assert splits["test"].features["label"].names == ["arms", "bar", "ring"]
     assert splits["test"]["label"][:] == [2]
     assert unlabelled["test"].column_names == ["id_str", "image"]
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "valid", "dev"])
+def test_the_validation_split_has_several_names(name, tmp_path):
+    for place, folder in enumerate(("train", name, "test")):
+        save_image(tmp_path / folder / f"ring/{place}.png")
+    splits = load_galaxy_dataset(tmp_path, label_column="class")
+    assert list(splits) == ["train", "validation", "test"]
+    assert identifiers_of(splits) == {"train": ["0"], "validation": ["1"], "test": ["2"]}
+
+
+@pytest.mark.parametrize("names", [["train", "val", "valid"], ["holdout", "train"]])
+def test_folders_that_are_no_splits_are_refused(names, tmp_path):
+    for place, name in enumerate([*names, ".hidden"]):
+        save_image(tmp_path / name / f"ring/{place}.png")
+    with pytest.raises(CatalogError, match=f"the subfolders {', '.join(map(repr, names))}; beside 'train' there may"):
+        load_galaxy_dataset(tmp_path, label_column="class")
 
 
 @pytest.mark.skipif(not RINGS.exists(), reason="needs ../shared/data/rings, which is not part of the project")

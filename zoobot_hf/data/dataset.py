@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 
 from zoobot_hf.data.catalog import (
+    IMAGE_SUFFIXES,
     CatalogError,
     check_labels_exist,
     describe,
@@ -34,6 +35,12 @@ VALIDATION_FRACTION = 0.1
 TEST_FRACTION = 0.2
 
 _SPLITS = ("train", "validation", "test")
+# What the subfolders of a folder of images may be called.
+_SPLIT_OF_FOLDER = {
+    "train": "train",
+    **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
+    "test": "test",
+}
 # What catalogs of Galaxy Zoo add to the names of questions and of vote columns.
 _DERIVED_FROM_VOTES = ("_fraction", "_debiased", "_total-votes", "_90pc-lower", "_90pc-upper", "_proportion-asked")
 HUB_IDENTIFIER = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -64,12 +71,13 @@ def catalog_to_dataset(
         or for the other two problem types a list of float32 with a value per column, NaN where it is missing.
 
     Raises:
-        CatalogError: A column is not in the catalog, or a label is missing, not among `label_names`, or not a number
-            where it has to be.
+        CatalogError: A column is not in the catalog, or is kept that the dataset has anyway; or a label is missing, not
+            among `label_names`, or not a finite number where it has to be one.
         ValueError: `problem_type` is unknown, or asks for one label column and got several.
     """
     columns = _list_columns(label_column, problem_type=problem_type)
     _check_columns(catalog.columns, needed=["id_str", "file_loc", *columns, *keep_columns])
+    _check_kept(keep_columns, taken=["id_str", "file_loc", "image"])
     table = catalog[["id_str", "file_loc", *keep_columns]].rename(columns={"file_loc": "image"})
     features = datasets.Features.from_arrow_schema(pa.Schema.from_pandas(table, preserve_index=False))
     features |= {"id_str": datasets.Value("string"), "image": datasets.Image()}
@@ -95,7 +103,8 @@ def load_galaxy_dataset(
 
     Args:
         source: A catalog file; a folder with a catalog; a folder of Parquet files as the Hub lays them out; a folder
-            of images, perhaps with `train`, `validation` and `test` below it; or the id of a dataset on the Hub.
+            of images, perhaps with `train`, `validation` (or `val`, `valid` or `dev`) and `test` below it; or the id of
+            a dataset on the Hub.
         label_column: As in `catalog_to_dataset`. In a folder of images the subfolders name the classes.
         label_names: As in `catalog_to_dataset`. A Hub dataset's own class names are kept if this is None.
         keep_columns: Further columns to keep.
@@ -111,7 +120,8 @@ def load_galaxy_dataset(
 
     Raises:
         CatalogError: There is nothing at `source`, here or on the Hub; a column is missing, with the columns there
-            are; or what `read_galaxies` and `catalog_to_dataset` refuse.
+            are; a folder has other subfolders beside its splits; or what `read_galaxies` and `catalog_to_dataset`
+            refuse.
     """
     columns = _list_columns(label_column, problem_type=problem_type)
     layout = _find_layout(source)
@@ -302,9 +312,17 @@ def _find_layout(source: str | Path) -> Literal["galaxies", "image splits", "hub
         return "hub"
     if path.is_file() or find_catalog(path):
         return "galaxies"
-    if any(path.rglob("*.parquet")):
+    if _holds_hub_dataset(path):
         return "hub"
     return "image splits" if (path / "train").is_dir() else "galaxies"
+
+
+def _holds_hub_dataset(folder: Path) -> bool:
+    if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
+        return True
+    # Configurations have folders of their own. Among images a Parquet file is something else, such as predictions.
+    is_image = (file.name.lower().endswith(IMAGE_SUFFIXES) for file in folder.rglob("*"))
+    return any(folder.rglob("*.parquet")) and not any(is_image)
 
 
 def _read_image_splits(
@@ -312,15 +330,24 @@ def _read_image_splits(
 ) -> tuple[dict[str, datasets.Dataset], dict[str, pd.DataFrame]]:
     label_column = columns[0] if columns else None
     catalogs = {
-        name: read_image_folder(folder / name, label_column=label_column)
-        for name in _SPLITS
-        if (folder / name).is_dir()
+        name: read_image_folder(path, label_column=label_column) for name, path in _find_split_folders(folder).items()
     }
     splits = {
         name: catalog_to_dataset(catalog, label_column=None, keep_columns=keep_columns)
         for name, catalog in catalogs.items()
     }
     return splits, {name: catalog[columns] for name, catalog in catalogs.items()}
+
+
+def _find_split_folders(folder: Path) -> dict[str, Path]:
+    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    found = {split: folder / name for name, split in _SPLIT_OF_FOLDER.items() if name in names}
+    if len(found) < len(names):
+        raise CatalogError(
+            f"folder {folder} has splits, in the subfolders {_quote(sorted(names))}; beside 'train' there may be "
+            "'test' and one of 'validation', 'val', 'valid' and 'dev', so rename or move the others."
+        )
+    return found
 
 
 def _load_hub_dataset(source: str, *, configuration: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
@@ -350,6 +377,7 @@ def _rename_columns(
 ) -> datasets.Dataset:
     needed = [image_column, *keep_columns] if id_column is None else [id_column, image_column, *keep_columns]
     _check_columns(split.column_names, needed=needed)
+    _check_kept(keep_columns, taken=["id_str", "image", id_column, image_column])
     dataset = split.select_columns(needed)
     if id_column is None:
         dataset = dataset.add_column("id_str", [f"{split_name}-{row}" for row in range(len(split))])
@@ -389,11 +417,13 @@ def _add_labels(
     label_names: Sequence[str] | None,
     problem_type: ProblemType,
 ) -> datasets.Dataset:
+    _check_kept(dataset.column_names, taken=["label"])
+    identifiers = pd.Series(dataset["id_str"][:])
     if problem_type != "single_label_classification":
-        numbers = _encode_numbers(labels, zero_or_one=problem_type == "multi_label_classification")
+        numbers = _encode_numbers(identifiers, labels, zero_or_one=problem_type == "multi_label_classification")
         return dataset.add_column("label", list(numbers), feature=datasets.List(datasets.Value("float32")))
     column = labels.iloc[:, 0]
-    check_labels_exist(pd.Series(dataset["id_str"][:]), labels=column, column=str(column.name))
+    check_labels_exist(identifiers, labels=column, column=str(column.name))
     names = _name_classes(column) if label_names is None else list(label_names)
     return dataset.add_column("label", _encode_classes(column, names=names), feature=datasets.ClassLabel(names=names))
 
@@ -421,6 +451,7 @@ def _check_vote_columns(there: Sequence[str] | pd.Index, tree: DecisionTree) -> 
 
 
 def _add_votes(dataset: datasets.Dataset, *, votes: pd.DataFrame, tree: DecisionTree) -> datasets.Dataset:
+    _check_kept(dataset.column_names, taken=["label"])
     counts = votes.apply(pd.to_numeric, errors="coerce").astype("float64")
     is_wrong = (counts.isna() & votes.notna()) | (counts < 0) | (counts % 1 != 0) & counts.notna()
     if is_wrong.to_numpy().any():
@@ -456,6 +487,7 @@ def _check_questions_are_whole(dataset: datasets.Dataset, *, counts: pd.DataFram
 
 
 def _labels_as_text(labels: pd.Series) -> pd.Series:
+    labels = labels.infer_objects()  # True and False, where rows with gaps among them were left out
     if pd.api.types.is_bool_dtype(labels):
         labels = labels.astype("int64")
     if pd.api.types.is_float_dtype(labels):
@@ -494,24 +526,36 @@ def _encode_classes(labels: pd.Series, *, names: Sequence[str]) -> list[int]:
     return [numbers[text] for text in texts]
 
 
-def _encode_numbers(labels: pd.DataFrame, *, zero_or_one: bool) -> np.ndarray:
+def _encode_numbers(identifiers: pd.Series, labels: pd.DataFrame, *, zero_or_one: bool) -> np.ndarray:
     numbers = labels.apply(pd.to_numeric, errors="coerce")
-    for column in labels.columns:
-        wrong = numbers[column].isna() & labels[column].notna()
+    with np.errstate(over="ignore"):  # what doesn't fit becomes infinite, and is refused
+        values = np.asarray(numbers.to_numpy(dtype="float32", na_value=np.nan))
+    for place, column in enumerate(labels.columns):
+        wrong = (numbers[column].isna() & labels[column].notna()).to_numpy() | np.isinf(values[:, place])
         if zero_or_one:
-            wrong |= ~(numbers[column].isin([0, 1]) | numbers[column].isna())
+            wrong |= ~(numbers[column].isin([0, 1]) | numbers[column].isna()).to_numpy()
         if wrong.any():
             raise CatalogError(
-                f"column {column!r} has the label {labels[column][wrong].tolist()[0]!r}; labels here must be "
-                f"{'0 or 1' if zero_or_one else 'numbers'}, or missing."
+                f"column {column!r} has the label {labels[column][wrong].tolist()[0]!r} for "
+                f"{describe(identifiers[wrong])}; labels here must be "
+                f"{'0 or 1' if zero_or_one else 'finite numbers of float32'}, or missing."
             )
-    return np.asarray(numbers.to_numpy(dtype="float32", na_value=np.nan))
+    return values
 
 
 def _check_columns(there: Sequence[str] | pd.Index, *, needed: Sequence[str]) -> None:
     missing = [name for name in needed if name not in there]
     if missing:
         raise CatalogError(f"no column {_quote(missing)}; the columns are {_quote(there)}. Name one of these.")
+
+
+def _check_kept(names: Sequence[str], *, taken: Sequence[str | None]) -> None:
+    twice = [name for name in names if name in taken]
+    if twice:
+        raise CatalogError(
+            f"keep_columns names {_quote(twice)}, and the dataset has names, images and labels anyway, as 'id_str', "
+            "'image' and 'label'; leave it out, or rename the column."
+        )
 
 
 def _check_fractions(**fractions: float) -> None:
