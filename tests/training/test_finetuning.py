@@ -142,6 +142,14 @@ def test_the_weights_are_those_of_the_stage_that_was_kept(run, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in finetuned.model.state_dict().items())
 
 
+def test_the_epoch_of_the_kept_weights_is_stated(run):
+    # The loss falls from epoch to epoch, so that the highest is the first one's.
+    for is_loaded, epoch in ((True, 1), (False, 3)):
+        settings = {"greater_is_better": True, "load_best_model_at_end": is_loaded}
+        finetuned = run(str(epoch), frozen=FrozenStageArguments(**SETTINGS, **settings), skip_unfrozen=True)
+        assert finetuned.stages[0].kept_epoch == epoch
+
+
 def test_only_the_frozen_stage_runs_where_the_other_is_skipped(run, layer_norm_model):
     finetuned = run("out", skip_unfrozen=True)
     assert [stage.name for stage in finetuned.stages] == ["frozen"]
@@ -223,7 +231,7 @@ def test_overwrite_starts_anew(run, tmp_path):
     assert "unfrozen" not in json.loads((tmp_path / "out" / "metrics.json").read_text())
 
 
-def test_resuming_with_other_arguments_is_refused_by_name(run):
+def test_resuming_with_other_arguments_is_refused_by_name(run, tmp_path):
     run("out")
     with pytest.raises(ValueError, match=r"had another FrozenStageArguments\.learning_rate; resume"):
         run("out", resume=True, frozen=FrozenStageArguments(**SETTINGS, learning_rate=0.5))
@@ -231,6 +239,10 @@ def test_resuming_with_other_arguments_is_refused_by_name(run):
         run("out", resume=True, processor=ZoobotImageProcessor(32, zoom=1.5))
     with pytest.raises(ValueError, match=r"had another balance; resume"):
         run("out", resume=True, balance="oversample")
+    path = tmp_path / "out-checkpoints" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"number of processes": 2}))
+    with pytest.raises(ValueError, match=r"had another number of processes; resume"):
+        run("out", resume=True)
 
 
 @pytest.mark.parametrize(("field", "value"), [("class_weights", [1.0, 20.0]), ("label_smoothing", 0.1)])

@@ -264,7 +264,7 @@ def _measure(
     return StageResult(
         name=name,
         history=trainer.state.log_history,
-        kept_epoch=_best_epoch(trainer.state.log_history),
+        kept_epoch=_kept_epoch(trainer),
         validation_loss=float(validation.metrics["validation_loss"]),
         validation_outputs=np.asarray(validation.predictions, dtype=np.float64).tolist(),
         test_outputs=np.asarray(test, dtype=np.float64).tolist(),
@@ -475,6 +475,7 @@ def _fingerprint(
         "processor": processor.to_dict(),
         "dataset": hashlib.sha256(json.dumps(galaxies).encode()).hexdigest(),
         "balance": balance,
+        "number of processes": PartialState().num_processes,
         **settings,
     }
     # As it will be read again: tuples are lists, and the numbers of labels are texts.
@@ -528,6 +529,7 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _best_epoch(history: list[dict[str, Any]]) -> float:
-    evaluations = [record for record in history if "eval_loss" in record]
-    return float(min(evaluations, key=lambda record: record["eval_loss"])["epoch"]) if evaluations else 0.0
+def _kept_epoch(trainer: FrozenStageTrainer | UnfrozenStageTrainer) -> float:
+    evaluated = {record["step"]: record["epoch"] for record in trainer.state.log_history if "eval_loss" in record}
+    kept_step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return float(evaluated.get(kept_step, trainer.state.epoch))
