@@ -246,7 +246,7 @@ def test_prevalence_of_three_classes_is_found(caplog):
         assumed_prevalence=[1 / 3] * 3,
         validation_probabilities=validation,
         validation_labels=labels,
-        draws=60,
+        draws=100,
     )
     assert estimate.shares == pytest.approx(true, abs=0.04)
     assert all(one.low < share < one.high for one, share in zip(estimate.prevalence, true, strict=True))
@@ -306,6 +306,16 @@ def test_a_catalog_of_other_galaxies_is_warned_of(caplog):
     estimate = estimate_from(generator, ratios, draws=120)
     assert estimate.assumption_holds is False
     assert "does not look like a mixture of the validation galaxies' classes (p = 0.008)" in caplog.text
+
+
+def test_so_few_draws_that_no_p_value_is_small_do_not_test_the_assumption(caplog):
+    generator = np.random.default_rng(7)
+    catalog = generator.normal(0, 0.3, size=300)
+    few, enough = (estimate_from(generator, catalog, draws=draws, validation_size=300) for draws in (99, 100))
+    assert (few.p_value, few.assumption_holds) == (0.01, None)
+    assert (enough.p_value, enough.assumption_holds) == (1 / 101, False)
+    assert caplog.text.count("does not look like") == 1
+    assert "without labelled galaxies" not in caplog.text
 
 
 def test_the_test_of_the_assumption_rejects_a_true_one_as_rarely_as_it_says():

@@ -122,7 +122,8 @@ class PrevalenceEstimate:
     @property
     def assumption_holds(self) -> bool | None:
         """Whether the catalog looks as if only the prevalence had changed; None where that could not be tested."""
-        return None if self.p_value is None else self.p_value >= DOUBTFUL
+        smallest = 1 / (1 + len(self.share_draws))  # of few draws, every p-value is large
+        return None if self.p_value is None or smallest >= DOUBTFUL else self.p_value >= DOUBTFUL
 
 
 def fit_calibration(
@@ -236,8 +237,8 @@ def estimate_prevalence(
     that distance gets when the assumption holds comes from drawing catalogs, of at most 5000 galaxies, and validation
     galaxies anew from the validation galaxies, the prevalence being estimated in each. Of several labels the largest
     distance counts, each in units of its label's median draw: one of many p-values is small by chance. Below a p-value
-    of 0.01 the assumption looks broken, and the log says so. It sees classes that look different or are new; it can't
-    see what leaves the distribution of the probabilities as it is.
+    of 0.01, for which it takes 100 draws, the assumption looks broken, and the log says so. It sees classes that look
+    different or are new; it can't see what leaves the distribution of the probabilities as it is.
 
     Args:
         probabilities: Of the catalog's galaxies, after softmax or sigmoid, 0-1, (n, labels).
@@ -711,12 +712,12 @@ def _share_as_large(values: Floats) -> float:
 
 
 def _report(estimate: PrevalenceEstimate) -> None:
-    if estimate.assumption_holds is None:
+    if estimate.p_value is None:
         logger.warning(
             "the prevalence was estimated without labelled galaxies: its interval leaves out the error of the "
             "calibration, and whether only the prevalence changed was not tested; give validation_probabilities."
         )
-    elif not estimate.assumption_holds:
+    elif estimate.assumption_holds is False:
         logger.warning(
             "the catalog does not look like a mixture of the validation galaxies' classes (p = %.3f): more than the "
             "prevalence has changed, and the estimate may be wrong by more than its interval; label a few hundred of "
