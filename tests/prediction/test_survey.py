@@ -6,6 +6,7 @@ import sys
 import tarfile
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -453,6 +454,24 @@ def test_two_processes_embed_with_the_same_components(layer_norm_model, processo
     alone, shared = (pd.read_parquet(tmp_path / name / "embeddings") for name in ("alone", "shared_out"))
     assert shared["id_str"].tolist() == alone["id_str"].tolist()
     np.testing.assert_array_equal(np.stack(shared["embedding"]), np.stack(alone["embedding"]))
+
+
+def test_a_process_waits_for_the_others_also_where_all_files_are_there_already(predict, tmp_path, monkeypatch):
+    def run_as_process(index):
+        state = SimpleNamespace(
+            num_processes=2, process_index=index, is_main_process=index == 0, wait_for_everyone=lambda: None
+        )
+        monkeypatch.setattr(runs, "PartialState", lambda: state)
+        return predict()[0]
+
+    def wait(_):
+        raise TimeoutError("the other process is not done")
+
+    done, _, _ = predict()
+    monkeypatch.setattr(runs.time, "sleep", wait)
+    with pytest.raises(TimeoutError, match="the other process is not done"):
+        run_as_process(0)
+    assert run_as_process(1) == done
 
 
 @pytest.mark.slow

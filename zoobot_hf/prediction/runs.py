@@ -24,7 +24,16 @@ from zoobot_hf.training.machine import InferenceRunner, default_batch_size
 
 from .galaxies import FAILURE_COLUMNS, Galaxy, Interpret, Row, failure_row, run_galaxies
 from .pieces import CatalogFacts, attach_readers, fingerprint_rows
-from .shards import Shard, read_failures, read_shard, remove_partial_files, shard_paths, whole_file, write_shard
+from .shards import (
+    PARTIAL,
+    Shard,
+    read_failures,
+    read_shard,
+    remove_partial_files,
+    shard_paths,
+    whole_file,
+    write_shard,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +164,7 @@ def run_shards(
     retry_failures: bool,
     max_failures: int | None,
 ) -> None:
-    """Writes this process's shards, and waits until the other processes' are there.
+    """Writes this process's shards, and waits until the other processes have written theirs.
 
     Args:
         folder: The run's folder.
@@ -182,6 +191,7 @@ class _Run:
         self.retry = retry
         self.most = most
         self.failures = 0
+        self.folder = folder
         self.paths = _paths(folder, manifest)
         self.size = manifest["shard_size"]
         self.total = manifest["galaxies"]
@@ -196,7 +206,10 @@ class _Run:
                 if number % state.num_processes == state.process_index:
                     self._write_shard(path, part, work)
                     self._show_others_progress()
-            wait_for_files(self.paths, meanwhile=self._show_others_progress)
+            # The shards alone don't say it: those that are damaged or tried again are there from an earlier run.
+            done = [self.folder / f"{PARTIAL}done-{index}" for index in range(state.num_processes)]
+            done[state.process_index].touch()
+            wait_for_files(done, meanwhile=self._show_others_progress)
             self.progress.update(self.total - self.progress.n)
 
     def _write_shard(self, path: Path, part: Part, work: Work[Part]) -> None:
@@ -381,6 +394,7 @@ def finish_run(folder: Path, manifest: dict[str, Any]) -> Survey:
     state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
+        remove_partial_files(folder)
         count = _write_failures(folder, _paths(folder, manifest))
         _write_manifest(folder / "manifest.json", {**manifest, "finished": True, "failures": count})
     state.wait_for_everyone()

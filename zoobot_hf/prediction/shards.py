@@ -103,7 +103,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Deletes what runs that were killed left half-written.
+    """Deletes what runs that were killed left half-written, and what says that a process is done with its share.
 
     Args:
         folder: Where shards are; no run may be writing there.
