@@ -22,7 +22,7 @@ FAULTS = ("500", "503", "cut request", "cut answer")
 PUSHED = {
     "README.md",
     "config.json",
-    "figures/curves.png",
+    "figures/roc.png",
     "metrics.json",
     "model.safetensors",
     "preprocessor_config.json",
@@ -95,7 +95,7 @@ def test_a_push_that_meets_one_fault_ends_whole(hub, hub_token, repo_id, run_fol
     before = hub.files(repo_id)
     (run_folder / "model.safetensors").write_bytes(b"\0\2" + f"new weights of {repo_id}".encode())
     (run_folder / "metrics.json").write_text('{"frozen": {}}')
-    (run_folder / "figures/curves.png").unlink()
+    (run_folder / "figures/roc.png").unlink()
     break_request(hub, name, fault, times=1)
     try:
         push_folder(run_folder, repo_id, token=hub_token)
@@ -111,7 +111,7 @@ def test_a_push_that_meets_one_fault_ends_whole(hub, hub_token, repo_id, run_fol
     assert len(hub.commits(repo_id)) == 3
     assert hub.files(repo_id)["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
     assert hub.files(repo_id)["metrics.json"] == b'{"frozen": {}}'
-    assert "figures/curves.png" not in hub.files(repo_id)
+    assert "figures/roc.png" not in hub.files(repo_id)
 
 
 def test_a_slow_answer_is_waited_for(hub, hub_token, repo_id, run_folder):
