@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -127,6 +130,20 @@ def test_the_unfrozen_stage_of_a_fold_is_kept_where_its_validation_loss_is_lower
         assert not np.allclose(stages[0].test_logits, stages[1].test_logits)
 
 
+def test_an_unfrozen_stage_that_diverges_costs_a_fold_nothing(validate, caplog):
+    alone = validate()
+    caplog.set_level("INFO")
+    settings = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    unfrozen = UnfrozenStageArguments(learning_rate=1e30, max_grad_norm=0, **settings)
+    result = validate(skip_unfrozen=False, unfrozen=unfrozen)
+    pd.testing.assert_frame_equal(result.table, alone.table)
+    frozen, diverged = (rows.set_index("fold") for _, rows in result.folds.groupby("stage"))
+    assert frozen["is_kept"].all()
+    assert diverged[["accuracy", "validation_loss"]].isna().all(axis=None)
+    for fold, accuracy in frozen["accuracy"].items():
+        assert f"Fold {fold + 1} of 2, frozen stage: accuracy {accuracy:.3f}" in caplog.text
+
+
 def test_predictions_are_for_the_sky_and_scores_say_which_population(validate):
     result = validate(sky_prevalence={"ring": 0.05})
     assert result.table["probability_ring"].mean() < 0.2
@@ -238,3 +255,38 @@ def test_the_figures_are_for_the_galaxies_that_are_drawn(validate, galaxies, pro
         assert has_label.tolist() == (result.table["label"] == "ring").tolist()
     assert len(drawn) == 2
     assert np.abs(expected[:, 1] - result.probabilities[:, 1]).max() > 0.1
+
+
+SCRIPT = """
+import sys
+from accelerate.utils import gather_object
+from zoobot_hf import *
+from zoobot_hf.training import cross_validation
+
+def run_and_compare(name, trainer, splits, run=cross_validation._run):
+    stage = run(name, trainer, splits)
+    weights = trainer.classifier.head[-1].weight.tolist()
+    first, second = gather_object([(trainer.state.best_model_checkpoint, weights)])
+    assert first[0] is not None and first == second, (first[0], second[0])
+    return stage
+
+folder, model, cache = sys.argv[1:]
+cross_validation._run = run_and_compare
+rings = catalog_to_dataset(read_catalog(folder + "/catalog.csv"), label_column="ring")
+model = ZoobotForImageClassification.from_pretrained(model)
+frozen = FrozenStageArguments(num_train_epochs=2, embedding_cache_dir=cache, disable_tqdm=True)
+cross_validation.cross_validate(model, ZoobotImageProcessor(32), rings, folds=2, frozen=frozen, skip_unfrozen=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_load_the_same_best_checkpoint(layer_norm_model, galaxy_folder, tmp_path):
+    layer_norm_model.save_pretrained(tmp_path / "model")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    # Without a GPU, accelerate's launcher starts several processes only when told --multi_gpu.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    arguments = [str(path) for path in (script, galaxy_folder, tmp_path / "model", tmp_path / "cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -8,11 +8,12 @@ A model for everybody is then trained on all galaxies but those of one fold, whi
 `split_for_final_model` cuts them, and `finetune(..., out_of_fold=...)` reports the scores of the folds with it.
 """
 
+import contextlib
 import copy
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from scipy.special import softmax
 from transformers import EvalPrediction, set_seed
@@ -192,7 +195,7 @@ def cross_validate(
         at_sky[test] = probabilities_at_prevalence(probabilities[test], assumed_prevalence=trained_at, prevalence=sky)
         temperatures.append(calibration.temperature[0])
         rows += [_row(fold, stage, labels[test], is_kept=stage is kept) for stage in stages]
-        _report(fold, folds, rows[-1], calibration)
+        _report(fold, folds, next(row for row in rows[-len(stages) :] if row["is_kept"]), calibration)
     table = _table(galaxies, labels, at_sky, fold_of, model)
     return _judge(table, at_sky, probabilities, labels, sky, model, pd.DataFrame(rows), temperatures, duplicates)
 
@@ -201,6 +204,8 @@ def write_cross_validation(
     result: CrossValidation, dataset: Dataset | DatasetDict, output_dir: str | Path, *, processor: ZoobotImageProcessor
 ) -> list[Path]:
     """The files that were written: tables, scores, and figures.
+
+    Under `accelerate launch`, where each process has the whole result, call it in one of them.
 
     Args:
         result: From `cross_validate`.
@@ -422,7 +427,7 @@ def _train(
         "eval_dataset": splits["validation"],
         "compute_metrics": metrics_for_trainer(SINGLE_LABEL),
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with _folder_of_all_processes() as folder:
         first = _SharedEmbeddingsTrainer(model, _arguments(frozen, f"{folder}/frozen"), **given)
         first.shared = shared
         stages = [_run("frozen", first, splits)]
@@ -430,6 +435,14 @@ def _train(
             second = UnfrozenStageTrainer(model, _arguments(unfrozen, f"{folder}/unfrozen"), **given)
             stages.append(_run("unfrozen", second, splits))
     return stages
+
+
+@contextlib.contextmanager
+def _folder_of_all_processes() -> Iterator[str]:
+    """A temporary folder: the first process writes the checkpoints, and all of them read the best one."""
+    with tempfile.TemporaryDirectory() as own:
+        yield broadcast_object_list([own])[0]
+        PartialState().wait_for_everyone()
 
 
 def _arguments(arguments: Any, folder: str) -> Any:
