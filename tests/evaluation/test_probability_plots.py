@@ -2,12 +2,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
+from matplotlib.cbook import STEP_LOOKUP_MAP
 from PIL import Image
 
 from zoobot_hf.evaluation import plots, probability_plots
 from zoobot_hf.evaluation.power_law import extrapolate
 from zoobot_hf.evaluation.reliability import reliability_table
-from zoobot_hf.evaluation.selection import choose_threshold, completeness_by_column
+from zoobot_hf.evaluation.selection import choose_threshold, completeness_by_column, measure_selection
 
 
 @pytest.fixture
@@ -45,6 +46,11 @@ def points_of(line):
     return line.get_xydata()
 
 
+def height_at(place, line):
+    """Where a curve of steps, as it is drawn, has this x."""
+    return np.interp(place, *STEP_LOOKUP_MAP[line.get_drawstyle()](*points_of(line).T))
+
+
 def test_the_reliability_diagram_shows_the_table_and_the_counts(galaxies, drawn, tmp_path):
     path = tmp_path / "figures" / "reliability.png"
     probability_plots.plot_reliability(*galaxies, path, label="ring", population="Test set", bins=5)
@@ -63,10 +69,11 @@ def test_completeness_and_purity_name_their_prevalence_and_the_selection(galaxie
     probability_plots.plot_completeness_and_purity(*galaxies, path, label="ring", prevalence=0.05, selection=chosen)
     panel = drawn[0].axes[0]
     assert panel.get_title("left") == "ring: 0.05 in the sky"
-    curves = {line.get_label(): points_of(line) for line in panel.lines if line.get_label()[0] != "_"}
-    at_threshold = np.abs(curves["Purity"][:, 0] - chosen.threshold).argmin()
-    assert curves["Purity"][at_threshold, 1] == pytest.approx(chosen.purity.value)
-    assert curves["Completeness"][at_threshold, 1] == pytest.approx(chosen.completeness.value)
+    curves = {line.get_label(): line for line in panel.lines if line.get_label()[0] != "_"}
+    for threshold in [chosen.threshold, *np.random.default_rng(1).uniform(0, galaxies[0].max(), 50)]:
+        measured = measure_selection(*galaxies, threshold=threshold, prevalence=0.05)
+        assert height_at(threshold, curves["Completeness"]) == pytest.approx(measured.completeness.value)
+        assert height_at(threshold, curves["Purity"]) == pytest.approx(measured.purity.value)
     check_files(path)
     probability_plots.plot_completeness_and_purity(*galaxies, path, label="ring")
     assert drawn[1].axes[0].get_title("left") == f"ring: {galaxies[1].mean():.3g} of these galaxies"

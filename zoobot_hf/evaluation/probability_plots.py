@@ -107,8 +107,14 @@ def plot_completeness_and_purity(
     curve = selection_curve(probability, has_label, weights=weights)
     figure = Figure(figsize=(COLUMN_WIDTH, 2.6), layout="constrained")
     panel = figure.subplots()
-    panel.step(curve.thresholds, curve.completeness, where="mid", color="black", linewidth=1.1, label="Completeness")
-    panel.step(curve.thresholds, curve.purity, where="mid", color="0.45", linewidth=1.1, linestyle="--", label="Purity")
+    # A threshold selects the galaxies from it on, so that a step is at a galaxy's probability and holds below it.
+    steps = np.append(0.0, np.unique(probability))
+    for name, values, colour, linestyle in (
+        ("Completeness", curve.completeness, "black", "-"),
+        ("Purity", curve.purity, "0.45", "--"),
+    ):
+        heights = np.append(values, values[-1])[::-1]
+        panel.step(steps, heights, where="pre", color=colour, linewidth=1.1, linestyle=linestyle, label=name)
     if selection is not None:
         panel.axvline(selection.threshold, color="0.7", linewidth=0.8, linestyle="-.", zorder=0)
         for estimate, colour, marker in ((selection.completeness, "black", "o"), (selection.purity, "0.45", "s")):
