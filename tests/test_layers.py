@@ -60,6 +60,7 @@ ORDER = [
     "training.head_grid",
     "training.weight_averaging",
     "training.trainer",
+    "training.stages",
     "training.vote_report",
     "training.cross_validation",
     "training.run_report",

@@ -23,7 +23,7 @@ from zoobot_hf import (
     read_catalog,
     split_dataset,
 )
-from zoobot_hf.training import finetuning
+from zoobot_hf.training import stages
 from zoobot_hf.training.cross_validation import cross_validate, split_for_final_model
 from zoobot_hf.training.trainer import FrozenStageTrainer, UnfrozenStageTrainer
 
@@ -195,7 +195,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     for folder in (whole, half):
         folder.mkdir()
     (whole / "trainer_state.json").touch()
-    assert finetuning._last_whole_checkpoint(tmp_path) == str(whole)
+    assert stages._last_whole_checkpoint(tmp_path) == str(whole)
     assert not half.exists()
 
 

@@ -1,50 +1,35 @@
 """finetune(): the frozen stage, then the unfrozen stage, and a folder that is ready for the Hub."""
 
-import copy
-import hashlib
-import json
 import logging
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
-from transformers import EvalPrediction
-from transformers.trainer_utils import get_last_checkpoint
 
 from zoobot_hf.data.balance import Strategy, balance_classes
 from zoobot_hf.data.images import check_images
 from zoobot_hf.evaluation.judgement import Judgement, check_prevalence, judge, judge_out_of_fold, prevalence_of
-from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.evaluation.selection import check_aim
-from zoobot_hf.evaluation.vote_metrics import vote_metrics_for_trainer
-from zoobot_hf.models.checkpoint import FIELDS_OF_OLD_HEAD
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.publishing.hub import METRICS
-from zoobot_hf.publishing.run_folder import write_json
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .cross_validation import CrossValidation
-from .embedding_cache import hash_weights
 from .head_grid import ModelWithHead
 from .machine import tune_memory_allocator
-from .run_report import StageResult, count_labels, metrics_of, write_run
-from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, check_labels, read_labels
+from .run_report import count_labels, metrics_of, write_run
+from .stages import BEST_FOLDER, RUN_FILE, StageResult, best_stage, check_same_run, fingerprint_run, run_stages
+from .trainer import check_labels
 
 logger = logging.getLogger(__name__)
 
-BEST_FOLDER = "best"
-RUN_FILE = "run.json"
 SPLITS = ("train", "validation", "test")
 SPLITS_OF_FINAL_MODEL = ("train", "validation")  # after every galaxy was judged out of fold
-# What finetune itself writes into a model's configuration.
-FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights"}
 # Problems without classes, and what the model's outputs are.
 WITHOUT_CLASSES = {"regression": "values", "votes": "the answers to a decision tree"}
 
@@ -161,18 +146,17 @@ def finetune(
     check_output(output_dir, resume=resume, overwrite=overwrite)
     images = concatenate_datasets([split.select_columns(["id_str", "image"]) for split in dataset.values()])
     check_images(images, prepare=processor.crop_and_resize)
-    counts, fingerprint = count_labels(dataset), _fingerprint(model, processor, dataset, (frozen, unfrozen), balance)
+    fingerprint = fingerprint_run(model, processor, dataset, (frozen, unfrozen), balance=balance)
+    counts = count_labels(dataset)
     model.config.forget_calibration()
     dataset = _with_prevalence(model, dataset, balance=balance, seed=frozen.seed, sky_prevalence=sky_prevalence)
     # Whatever there is to refuse was refused: what lies in the folder may be deleted.
     _claim_output(output_dir, work_dir, delete_first=overwrite)
-    _check_same_run(work_dir, fingerprint)
+    check_same_run(work_dir, fingerprint)
 
-    stages = [_run_stage("frozen", FrozenStageTrainer, model, frozen, processor, dataset, work_dir)]
-    if not skip_unfrozen:
-        stages.append(_run_stage("unfrozen", UnfrozenStageTrainer, model, unfrozen, processor, dataset, work_dir))
-    stages = _without_diverged(stages)
-    kept = min(stages, key=lambda stage: stage.validation_loss)
+    second = None if skip_unfrozen else unfrozen
+    stages = run_stages(model, processor, dataset, work_dir, frozen=frozen, unfrozen=second)
+    kept = best_stage(stages)
     model.load_weights(work_dir / kept.name / BEST_FOLDER)
     model.eval()
     logger.info(
@@ -211,78 +195,6 @@ def finetune(
     if out_of_fold is not None:
         return Finetuned(model, stages, kept.name, output_dir, {}, judgements, metrics[kept.name])
     return Finetuned(model, stages, kept.name, output_dir, metrics, judgements)
-
-
-def _run_stage(
-    name: str,
-    trainer_class: type[FrozenStageTrainer] | type[UnfrozenStageTrainer],
-    model: ModelWithHead,
-    arguments: FrozenStageArguments | UnfrozenStageArguments,
-    processor: ZoobotImageProcessor,
-    dataset: DatasetDict,
-    work_dir: Path,
-) -> StageResult:
-    """One stage, or what is on disk of it: a finished stage is read, an unfinished one goes on."""
-    folder = work_dir / name
-    finished = folder / "finished.json"
-    if finished.is_file():
-        model.load_weights(folder / BEST_FOLDER)
-        return StageResult(**json.loads(finished.read_text()))
-    arguments = copy.copy(arguments)
-    arguments.output_dir = str(folder)
-    trainer = trainer_class(
-        model,
-        arguments,
-        processing_class=processor,
-        train_dataset=dataset["train"],
-        eval_dataset=dataset["validation"],
-        compute_metrics=_metrics_in_training(model),
-    )
-    logger.info("The %s stage: at most %g epochs.", name, arguments.num_train_epochs)
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
-    result = _measure(name, trainer, dataset, seconds=time.monotonic() - started)
-    if PartialState().is_main_process:
-        model.save_pretrained(folder / BEST_FOLDER)
-        write_json(finished, asdict(result))
-    PartialState().wait_for_everyone()
-    return result
-
-
-def _metrics_in_training(model: ModelWithHead) -> Callable[[EvalPrediction], dict[str, float]]:
-    config = model.config
-    if config.problem_type == "votes":
-        return vote_metrics_for_trainer(config.decision_tree)
-    return metrics_for_trainer(config.problem_type)
-
-
-def _measure(
-    name: str, trainer: FrozenStageTrainer | UnfrozenStageTrainer, dataset: DatasetDict, *, seconds: float
-) -> StageResult:
-    validation = trainer.predict(dataset["validation"], metric_key_prefix="validation")
-    test = trainer.predict(dataset["test"], metric_key_prefix="test").predictions if "test" in dataset else []
-    return StageResult(
-        name=name,
-        history=trainer.state.log_history,
-        kept_epoch=_kept_epoch(trainer),
-        validation_loss=float(validation.metrics["validation_loss"]),
-        validation_outputs=np.asarray(validation.predictions, dtype=np.float64).tolist(),
-        test_outputs=np.asarray(test, dtype=np.float64).tolist(),
-        seconds=seconds,
-        settings=trainer.args.shown,
-    )
-
-
-def _without_diverged(stages: list[StageResult]) -> list[StageResult]:
-    # Of a resumed run what is not finite is None.
-    numbers = {stage.name: [stage.validation_loss, *np.ravel(stage.validation_outputs)] for stage in stages}
-    diverged = [name for name, values in numbers.items() if not np.isfinite(np.array(values, dtype=float)).all()]
-    remedy = f"The {' and the '.join(diverged)} stage has diverged to values that are not finite: lower learning_rate"
-    if len(diverged) == len(stages):
-        raise ValueError(f"{remedy}, and start anew (overwrite=True, --overwrite).")
-    if diverged:
-        logger.warning("%s; the stage is left out.", remedy)
-    return [stage for stage in stages if stage.name not in diverged]
 
 
 def _judge(
@@ -439,49 +351,6 @@ def _claim_output(output_dir: Path, work_dir: Path, *, delete_first: bool) -> No
     PartialState().wait_for_everyone()
 
 
-def _check_same_run(work_dir: Path, fingerprint: dict[str, Any]) -> None:
-    path = work_dir / RUN_FILE
-    earlier = json.loads(path.read_text()) if path.is_file() else fingerprint
-    changed = [name for name, value in fingerprint.items() if earlier.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"the run in {work_dir} had another {', '.join(changed)}; resume with the same data and arguments, and the "
-            "model as from_pretrained gives it, or start anew (overwrite=True, --overwrite)."
-        )
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        write_json(path, fingerprint)
-
-
-def _fingerprint(
-    model: ModelWithHead,
-    processor: ZoobotImageProcessor,
-    dataset: DatasetDict,
-    arguments: tuple[FrozenStageArguments, UnfrozenStageArguments],
-    balance: str | None,
-) -> dict[str, Any]:
-    """What must not change between a run and its resumption, as plain values."""
-    labels = {name: read_labels(split, model) for name, split in dataset.items()}
-    galaxies = {
-        name: [dataset[name]["id_str"][:], known.tolist()] for name, known in labels.items() if known is not None
-    }
-    settings = {
-        f"{stage.__class__.__name__}.{name}": value for stage in arguments for name, value in stage.decisive.items()
-    }
-    configuration = {name: value for name, value in model.config.decisive.items() if name not in FIELDS_SET_BY_RUN}
-    facts = {
-        "encoder weights": hash_weights(model.base_model.encoder),
-        **{f"model.{name}": value for name, value in configuration.items()},
-        "processor": processor.to_dict(),
-        "dataset": hashlib.sha256(json.dumps(galaxies).encode()).hexdigest(),
-        "balance": balance,
-        "number of processes": PartialState().num_processes,
-        **settings,
-    }
-    # As it will be read again: tuples are lists, and the numbers of labels are texts.
-    return dict(json.loads(json.dumps(facts)))
-
-
 def _with_prevalence(
     model: ModelWithHead,
     dataset: DatasetDict,
@@ -515,21 +384,3 @@ def _prevalence_of_split(split: Dataset, config: ZoobotConfig) -> dict[str, floa
             "the label out."
         )
     return dict(zip(config.label_names, shares, strict=True))
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; what a kill left of a later one is deleted."""
-    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))):
-        # Trainer writes this file last.
-        if (Path(checkpoint) / "trainer_state.json").is_file():
-            return checkpoint
-        if PartialState().is_main_process:
-            shutil.rmtree(checkpoint)
-        PartialState().wait_for_everyone()
-    return None
-
-
-def _kept_epoch(trainer: FrozenStageTrainer | UnfrozenStageTrainer) -> float:
-    evaluated = {record["step"]: record["epoch"] for record in trainer.state.log_history if "eval_loss" in record}
-    kept_step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
-    return float(evaluated.get(kept_step, trainer.state.epoch))

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from zoobot_hf.publishing.run_folder import JudgedLabel, JudgedVotes, draw_figur
 from .cross_validation import CrossValidation
 from .head_grid import ModelWithHead
 from .reading import Pictures
+from .stages import StageResult
 from .vote_report import judged_votes, read_observed_votes, remarks_on_votes, vote_tables
 
 logger = logging.getLogger(__name__)
@@ -49,32 +50,6 @@ LIMITS = (
     "The scores are those of galaxies like the ones it was trained on. With images of another survey, other bands, "
     "depth or seeing, it was not measured.",
 )
-
-
-@dataclass
-class StageResult:
-    """What one stage of finetuning gave.
-
-    Attributes:
-        name: "frozen" or "unfrozen".
-        history: `TrainerState.log_history`.
-        kept_epoch: The epoch of lowest validation loss, counted from the stage's start; its weights were kept.
-        validation_loss: Of these weights.
-        validation_outputs: (validation galaxies, labels), the head's own logits, before softmax; for a decision tree
-            concentrations (validation galaxies, answers).
-        test_outputs: (test galaxies, labels), in the order of the test split, likewise; empty without a test split.
-        seconds: How long the stage took.
-        settings: The arguments worth knowing, by name.
-    """
-
-    name: str
-    history: list[dict[str, Any]]
-    kept_epoch: float
-    validation_loss: float
-    validation_outputs: list[list[float]]
-    test_outputs: list[list[float]]
-    seconds: float
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def write_run(

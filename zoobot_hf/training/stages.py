@@ -1,0 +1,253 @@
+"""The frozen and then the unfrozen stage, in a folder from which a run that was killed goes on."""
+
+import copy
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from transformers import EvalPrediction
+from transformers.trainer_utils import get_last_checkpoint
+
+from zoobot_hf.evaluation.metrics import metrics_for_trainer
+from zoobot_hf.evaluation.vote_metrics import vote_metrics_for_trainer
+from zoobot_hf.models.checkpoint import FIELDS_OF_OLD_HEAD
+from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
+from zoobot_hf.publishing.run_folder import write_json
+
+from .arguments import FrozenStageArguments, UnfrozenStageArguments
+from .embedding_cache import hash_weights
+from .head_grid import ModelWithHead
+from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, read_labels
+
+logger = logging.getLogger(__name__)
+
+BEST_FOLDER = "best"
+RUN_FILE = "run.json"
+# What a run itself writes into a model's configuration.
+FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights"}
+
+
+@dataclass
+class StageResult:
+    """What one stage of finetuning gave.
+
+    Attributes:
+        name: "frozen" or "unfrozen".
+        history: `TrainerState.log_history`.
+        kept_epoch: The epoch whose weights were kept, counted from the stage's start.
+        validation_loss: Of these weights.
+        validation_outputs: (validation galaxies, labels), the head's own logits, before softmax; for a decision tree
+            concentrations (validation galaxies, answers).
+        test_outputs: (test galaxies, labels), in the order of the test split, likewise; empty without a test split.
+        seconds: How long the stage took.
+        settings: The arguments worth knowing, by name.
+    """
+
+    name: str
+    history: list[dict[str, Any]]
+    kept_epoch: float
+    validation_loss: float
+    validation_outputs: list[list[float]]
+    test_outputs: list[list[float]]
+    seconds: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def run_stages(
+    model: ModelWithHead,
+    processor: ZoobotImageProcessor,
+    dataset: DatasetDict,
+    work_dir: Path,
+    *,
+    frozen: FrozenStageArguments,
+    unfrozen: UnfrozenStageArguments | None,
+    frozen_trainer: Callable[..., FrozenStageTrainer] = FrozenStageTrainer,
+) -> list[StageResult]:
+    """What the stages gave, without one that has diverged; the model has the last stage's weights.
+
+    A stage that was finished in `work_dir` is read, and an unfinished one goes on. The weights that a stage ended with
+    are in `work_dir / name / BEST_FOLDER`.
+
+    Args:
+        model: The model to be trained.
+        processor: Its image processor.
+        dataset: With `train`, `validation` and, as wanted, `test`.
+        work_dir: For checkpoints and results.
+        frozen: Arguments of the frozen stage; their `output_dir` is not used.
+        unfrozen: Arguments of the unfrozen stage, likewise; None leaves it out.
+        frozen_trainer: What makes the frozen stage's trainer.
+
+    Raises:
+        ValueError: All stages have diverged.
+    """
+    stages = [_run_stage("frozen", frozen_trainer, model, frozen, processor, dataset, work_dir)]
+    if unfrozen is not None:
+        stages.append(_run_stage("unfrozen", UnfrozenStageTrainer, model, unfrozen, processor, dataset, work_dir))
+    return _without_diverged(stages)
+
+
+def best_stage(stages: list[StageResult]) -> StageResult:
+    """The stage of lowest validation loss.
+
+    Args:
+        stages: From `run_stages`.
+    """
+    return min(stages, key=lambda stage: stage.validation_loss)
+
+
+def fingerprint_run(
+    model: ModelWithHead,
+    processor: ZoobotImageProcessor,
+    dataset: Mapping[str, Dataset],
+    arguments: tuple[FrozenStageArguments, UnfrozenStageArguments],
+    **choices: Any,
+) -> dict[str, Any]:
+    """What must not change between a run and its resumption, as plain values.
+
+    Args:
+        model: As it was given, before anything of the run is written into its configuration.
+        processor: Its image processor.
+        dataset: The splits, before balancing.
+        arguments: Of both stages.
+        **choices: Whatever else decides what comes out.
+    """
+    labels = {name: read_labels(split, model) for name, split in dataset.items()}
+    galaxies = {
+        name: [dataset[name]["id_str"][:], known.tolist()] for name, known in labels.items() if known is not None
+    }
+    settings = {
+        f"{stage.__class__.__name__}.{name}": value for stage in arguments for name, value in stage.decisive.items()
+    }
+    configuration = {name: value for name, value in model.config.decisive.items() if name not in FIELDS_SET_BY_RUN}
+    facts = {
+        "encoder weights": hash_weights(model.base_model.encoder),
+        **{f"model.{name}": value for name, value in configuration.items()},
+        "processor": processor.to_dict(),
+        "dataset": hashlib.sha256(json.dumps(galaxies).encode()).hexdigest(),
+        "number of processes": PartialState().num_processes,
+        **choices,
+        **settings,
+    }
+    # As it will be read again: tuples are lists, and the numbers of labels are texts.
+    return dict(json.loads(json.dumps(facts)))
+
+
+def check_same_run(work_dir: Path, fingerprint: dict[str, Any]) -> None:
+    """Writes down what a run is, or finds that the folder's run is the same.
+
+    Args:
+        work_dir: The run's folder.
+        fingerprint: From `fingerprint_run`.
+
+    Raises:
+        ValueError: The folder's run is another; the message names what differs.
+    """
+    path = work_dir / RUN_FILE
+    earlier = json.loads(path.read_text()) if path.is_file() else fingerprint
+    changed = [name for name, value in fingerprint.items() if earlier.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"the run in {work_dir} had another {', '.join(changed)}; resume with the same data and arguments, and the "
+            "model as from_pretrained gives it, or start anew (overwrite=True, --overwrite, or another folder)."
+        )
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        write_json(path, fingerprint)
+
+
+def _run_stage(
+    name: str,
+    make_trainer: Callable[..., FrozenStageTrainer | UnfrozenStageTrainer],
+    model: ModelWithHead,
+    arguments: FrozenStageArguments | UnfrozenStageArguments,
+    processor: ZoobotImageProcessor,
+    dataset: DatasetDict,
+    work_dir: Path,
+) -> StageResult:
+    folder = work_dir / name
+    finished = folder / "finished.json"
+    if finished.is_file():
+        model.load_weights(folder / BEST_FOLDER)
+        return StageResult(**json.loads(finished.read_text()))
+    arguments = copy.copy(arguments)
+    arguments.output_dir = str(folder)
+    trainer = make_trainer(
+        model,
+        arguments,
+        processing_class=processor,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["validation"],
+        compute_metrics=_metrics_in_training(model),
+    )
+    logger.info("The %s stage: at most %g epochs.", name, arguments.num_train_epochs)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+    result = _measure(name, trainer, dataset, seconds=time.monotonic() - started)
+    if PartialState().is_main_process:
+        model.save_pretrained(folder / BEST_FOLDER)
+        write_json(finished, asdict(result))
+    PartialState().wait_for_everyone()
+    return result
+
+
+def _metrics_in_training(model: ModelWithHead) -> Callable[[EvalPrediction], dict[str, float]]:
+    config = model.config
+    if config.problem_type == "votes":
+        return vote_metrics_for_trainer(config.decision_tree)
+    return metrics_for_trainer(config.problem_type)
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; what a kill left of a later one is deleted."""
+    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))):
+        # Trainer writes this file last.
+        if (Path(checkpoint) / "trainer_state.json").is_file():
+            return checkpoint
+        if PartialState().is_main_process:
+            shutil.rmtree(checkpoint)
+        PartialState().wait_for_everyone()
+    return None
+
+
+def _measure(
+    name: str, trainer: FrozenStageTrainer | UnfrozenStageTrainer, dataset: DatasetDict, *, seconds: float
+) -> StageResult:
+    validation = trainer.predict(dataset["validation"], metric_key_prefix="validation")
+    test = trainer.predict(dataset["test"], metric_key_prefix="test").predictions if "test" in dataset else []
+    return StageResult(
+        name=name,
+        history=trainer.state.log_history,
+        kept_epoch=_kept_epoch(trainer),
+        validation_loss=float(validation.metrics["validation_loss"]),
+        validation_outputs=np.asarray(validation.predictions, dtype=np.float64).tolist(),
+        test_outputs=np.asarray(test, dtype=np.float64).tolist(),
+        seconds=seconds,
+        settings=trainer.args.shown,
+    )
+
+
+def _kept_epoch(trainer: FrozenStageTrainer | UnfrozenStageTrainer) -> float:
+    evaluated = {record["step"]: record["epoch"] for record in trainer.state.log_history if "eval_loss" in record}
+    kept_step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return float(evaluated.get(kept_step, trainer.state.epoch))
+
+
+def _without_diverged(stages: list[StageResult]) -> list[StageResult]:
+    # Of a resumed run what is not finite is None.
+    numbers = {stage.name: [stage.validation_loss, *np.ravel(stage.validation_outputs)] for stage in stages}
+    diverged = [name for name, values in numbers.items() if not np.isfinite(np.array(values, dtype=float)).all()]
+    remedy = f"The {' and the '.join(diverged)} stage has diverged to values that are not finite: lower learning_rate"
+    if len(diverged) == len(stages):
+        raise ValueError(f"{remedy}, and start anew (overwrite=True, --overwrite, or another folder).")
+    if diverged:
+        logger.warning("%s; the stage is left out.", remedy)
+    return [stage for stage in stages if stage.name not in diverged]
