@@ -59,6 +59,14 @@ def size_of(path):
         return image.size
 
 
+def extent_of(drawn):
+    """(left, bottom, right, top) of a text or a panel as it is in the file, in inches."""
+    if drawn.figure.dpi != plots.DOTS_PER_INCH:
+        drawn.figure.set_dpi(plots.DOTS_PER_INCH)
+        drawn.figure.draw_without_rendering()
+    return drawn.get_window_extent().extents / plots.DOTS_PER_INCH
+
+
 def lines_of(panel):
     return {line.get_label(): line.get_xydata().tolist() for line in panel.lines if line.get_label()[0] != "_"}
 
@@ -102,6 +110,21 @@ def test_the_most_wrong_galaxies_come_first_and_no_other_is_read(tmp_path, drawn
     assert titles == ["c\nring, predicted no ring\nP(ring) = 0.100", "b\nno ring, predicted ring\nP(no ring) = 0.200"]
 
 
+def test_a_galaxy_that_is_right_is_not_among_the_most_wrong(tmp_path, drawn):
+    table = pd.DataFrame(
+        {
+            "id_str": ["a", "b", "c"],
+            "label": ["ring", "bar", "ring"],
+            "predicted_label": ["ring", "bar", "bar"],
+            "probability_of_label": [0.34, 0.35, 0.4],
+        }
+    )
+    plots.plot_most_wrong(ImagesThatRemember(), table, tmp_path / "wrong.png")
+    assert [cell.get_title() for cell in drawn[0].axes if cell.get_title()] == [
+        "c\nring, predicted bar\nP(ring) = 0.400"
+    ]
+
+
 def test_a_column_that_is_missing_is_named(tmp_path):
     with pytest.raises(
         ValueError, match="lacks the columns label, predicted_label; it has id_str, probability_of_label"
@@ -122,6 +145,16 @@ def test_a_sheet_takes_images_of_every_mode(tmp_path, drawn, mode):
     assert size_of(tmp_path / "sheet.png")[0] == pytest.approx(plots.PAGE_WIDTH * plots.DOTS_PER_INCH, abs=1)
 
 
+def test_titles_of_a_sheet_stay_above_their_own_galaxies(tmp_path, drawn):
+    titles = ["SDSS J000000.12+000000.5 of run 94\nlenticular, predicted not a ring galaxy\nshort"] * 7
+    plots.plot_galaxy_sheet([Image.new("L", (8, 8))] * 7, titles, tmp_path / "sheet.png")
+    for column, cell in enumerate(drawn[0].axes[:6]):
+        left, _, right, top = extent_of(cell.title)
+        assert plots.PAGE_WIDTH / 6 * column < left < right < plots.PAGE_WIDTH / 6 * (column + 1)
+        assert top < drawn[0].get_figheight()
+    assert cell.get_title().replace("\n", " ").replace(" ", "") == titles[0].replace("\n", " ").replace(" ", "")
+
+
 def test_a_sheet_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one galaxy"):
         plots.plot_galaxy_sheet([], [], tmp_path / "sheet.png")
@@ -138,6 +171,34 @@ def test_the_confusion_table_shows_counts_and_shares(tmp_path, drawn):
     assert [text.get_text() for text in panel.texts] == ["3\n75%", "1\n25%", "0", "0"]
     assert np.allclose(panel.images[0].get_array(), [[0.75, 0.25], [0, 0]])
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("Predicted label", "True label")
+
+
+@pytest.mark.parametrize(("count", "name"), [(2, "a name that no figure has room for"), (12, "class of galaxies")])
+def test_the_texts_of_a_confusion_table_have_room(tmp_path, drawn, count, name):
+    plots.plot_confusion([[39999] * count] * count, [f"{n} {name}" for n in range(count)], tmp_path / "confusion.png")
+    (panel,) = drawn[0].axes
+    left, _, right, _ = extent_of(panel)
+    cell = (right - left) / count
+    for text in panel.texts:
+        left, bottom, right, top = extent_of(text)
+        assert max(right - left, top - bottom) < cell
+    for text in [*panel.get_xticklabels(), *panel.get_yticklabels()]:
+        assert extent_of(text).min() > 0
+    assert {text.get_rotation() for text in panel.get_xticklabels()} == {45}
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("not ring", "not ring"),
+        ("a name of 24 characters.", "a name of 24 characters."),
+        ("ring galaxies of the nearby universe", "ring galaxies of the ne…"),
+        ("M$_\\odot$", r"M\$_\odot\$"),
+        ("_ring", " _ring"),
+    ],
+)
+def test_names_are_shown_as_they_are_and_not_too_long(name, shown):
+    assert plots.shown_name(name) == shown
 
 
 def test_a_confusion_table_of_another_size_is_refused(tmp_path):

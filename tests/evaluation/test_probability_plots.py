@@ -63,6 +63,21 @@ def test_the_reliability_diagram_shows_the_table_and_the_counts(galaxies, drawn,
     check_files(path)
 
 
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [("_ring", " _ring"), ("$5$", r"\$5\$"), ("ring galaxies of the nearby universe", "ring galaxies of the ne…")],
+)
+def test_labels_with_unusual_names_are_shown(galaxies, drawn, tmp_path, label, shown):
+    path = tmp_path / "figure.png"
+    probability_plots.plot_reliability(*galaxies, path, label=label, population="Test set")
+    upper, lower = drawn[0].axes
+    assert [text.get_text() for text in lower.get_legend().get_texts()] == ["all", shown]
+    assert (upper.get_ylabel(), lower.get_xlabel()) == (f"Share that is {shown}", f"Probability of {shown}")
+    probability_plots.plot_completeness_and_purity(*galaxies, path, label=label, prevalence=0.05)
+    probability_plots.plot_roc_and_precision_recall(*galaxies, path, label=label, prevalence=0.05)
+    assert [figure.axes[-1].get_title("left") for figure in drawn[1:]] == [f"{shown}: 0.05 in the sky"] * 2
+
+
 def test_completeness_and_purity_name_their_prevalence_and_the_selection(galaxies, drawn, tmp_path):
     path = tmp_path / "selection.png"
     chosen = choose_threshold(*galaxies, aim="completeness", at_least=0.8, prevalence=0.05)

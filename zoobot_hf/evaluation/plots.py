@@ -6,6 +6,7 @@ Figures are made as objects, without pyplot's global state, so that any thread o
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -14,6 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -22,7 +24,8 @@ COLUMN_WIDTH = 3.3  # inches: a column of MNRAS, 84 mm; those of AAS journals an
 PAGE_WIDTH = 7.1  # inches: both columns
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 6
-TITLE_LINE_HEIGHT = 0.12  # inches, for a line of SMALL_FONT_SIZE
+TITLE_LINE_HEIGHT = 0.1  # inches, for a line of SMALL_FONT_SIZE
+LONGEST_NAME = 24  # characters
 
 LossHistory = Sequence[Mapping[str, Any]]
 
@@ -83,8 +86,9 @@ def plot_most_wrong(images: Sequence[Image.Image], table: pd.DataFrame, path: st
         raise ValueError(f"table lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table.columns))}.")
     if len(images) != len(table):
         raise ValueError(f"images are {len(images)} but table has {len(table)} rows; pass an image for each row.")
-    wrong = int((table["label"] != table["predicted_label"]).sum())
-    worst = np.argsort(table["probability_of_label"].to_numpy(), kind="stable")[: min(count, max(wrong, 1))]
+    is_right = (table["label"] == table["predicted_label"]).to_numpy()
+    # Of three classes or more, a galaxy that is right may have a lower probability than one that is wrong.
+    worst = np.lexsort((table["probability_of_label"], is_right))[: min(count, max(int((~is_right).sum()), 1))]
     titles = [_title_of(table.iloc[row]) for row in worst.tolist()]
     plot_galaxy_sheet([images[row] for row in worst.tolist()], titles, path)
 
@@ -111,7 +115,8 @@ def plot_most_certain(
     if len(images) != len(table):
         raise ValueError(f"images are {len(images)} but table has {len(table)} rows; pass an image for each row.")
     rows = np.argsort(-table[column].to_numpy(), kind="stable")[:count].tolist()
-    titles = [f"{table['id_str'].iloc[row]}\nP({label}) = {table[column].iloc[row]:.3f}" for row in rows]
+    name = shown_name(label)
+    titles = [f"{table['id_str'].iloc[row]}\nP({name}) = {table[column].iloc[row]:.3f}" for row in rows]
     plot_galaxy_sheet([images[row] for row in rows], titles, path)
 
 
@@ -122,7 +127,7 @@ def plot_galaxy_sheet(
 
     Args:
         images: PIL images of any size and mode; each is drawn with the first row on top.
-        titles: A title for each image, of any number of lines.
+        titles: A title for each image, of any number of lines; those that are wider than the image are broken.
         path: Where the PNG is written; its folder is made.
         columns: How many galaxies stand in a row.
 
@@ -134,9 +139,11 @@ def plot_galaxy_sheet(
     if len(images) != len(titles):
         raise ValueError(f"images are {len(images)} but titles are {len(titles)}; pass a title for each image.")
     rows = -(-len(images) // columns)
+    width = PAGE_WIDTH / columns - 0.06
+    titles = ["\n".join(_broken(line, width) for line in title.splitlines()) for title in titles]
     lines = max(title.count("\n") + 1 for title in titles)
-    height = rows * (PAGE_WIDTH / columns + lines * TITLE_LINE_HEIGHT)
-    figure = Figure(figsize=(PAGE_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03))
+    height = rows * (PAGE_WIDTH / columns + (lines + 0.5) * TITLE_LINE_HEIGHT)
+    figure = Figure(figsize=(PAGE_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, compress=True))
     cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for cell in cells:
         cell.set_axis_off()
@@ -164,19 +171,33 @@ def plot_confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path:
         )
     row_sums = table.sum(axis=1, keepdims=True)
     shares = table / np.maximum(row_sums, 1)  # a label that no galaxy has keeps a row of zeros
-    size = max(2.4, min(COLUMN_WIDTH, 0.7 * len(labels) + 1.2))
+    names = [shown_name(label) for label in labels]
+    # Half an inch for each cell, and room for the longest name beside them and below.
+    size = min(PAGE_WIDTH, max(2.4, 0.5 * len(names) + 0.07 * max(map(len, names)) + 0.8))
+    font_size = min(FONT_SIZE, 80 / len(names))
     figure = Figure(figsize=(size, size), layout="constrained")
     panel = figure.subplots()
     panel.imshow(shares, cmap="Greys", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
         colour = "white" if share > 0.5 else "black"
         text = f"{table[row, column]}\n{share:.0%}" if row_sums[row, 0] else "0"
-        panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=FONT_SIZE)
-    panel.set_xticks(range(len(labels)), labels, fontsize=FONT_SIZE, rotation=30 if len(labels) > 2 else 0)
-    panel.set_yticks(range(len(labels)), labels, fontsize=FONT_SIZE, rotation=90, va="center")
+        panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=font_size)
+    panel.set_xticks(range(len(names)), names, fontsize=font_size, rotation=45, ha="right", rotation_mode="anchor")
+    panel.set_yticks(range(len(names)), names, fontsize=font_size)
     panel.set_xlabel("Predicted label", fontsize=FONT_SIZE)
     panel.set_ylabel("True label", fontsize=FONT_SIZE)
     _save(figure, path)
+
+
+def shown_name(name: str) -> str:
+    """A label's name as a figure shows it: not too long for it, and every character as it is.
+
+    Args:
+        name: The label's.
+    """
+    short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"
+    # For matplotlib "$...$" is a formula, and what starts with "_" has no place in a legend.
+    return f"{' ' if short.startswith('_') else ''}{short}".replace("$", r"\$")
 
 
 def save_figure(figure: Figure, path: str | Path, *, with_pdf: bool = False) -> None:
@@ -260,11 +281,16 @@ def _mark_kept_epoch(panels: Sequence[Axes], epoch: float) -> None:
         panel.axvline(epoch, color="black", linewidth=0.8, linestyle="-.", label="Kept")
 
 
+def _broken(line: str, width: float) -> str:
+    """A line of a title on as many lines as it needs in a width in inches."""
+    needed = TextPath((0, 0), line, size=SMALL_FONT_SIZE).get_extents().width / 72  # from points
+    # A part may have wider letters than the line on average.
+    return fill(line, int(0.9 * len(line) * width / needed)) if needed > width else line
+
+
 def _title_of(galaxy: pd.Series) -> str:
-    return (
-        f"{galaxy['id_str']}\n{galaxy['label']}, predicted {galaxy['predicted_label']}\n"
-        f"P({galaxy['label']}) = {galaxy['probability_of_label']:.3f}"
-    )
+    label, predicted = shown_name(galaxy["label"]), shown_name(galaxy["predicted_label"])
+    return f"{galaxy['id_str']}\n{label}, predicted {predicted}\nP({label}) = {galaxy['probability_of_label']:.3f}"
 
 
 def _save(figure: Figure, path: str | Path) -> None:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .intervals import class_weights_for
-from .plots import COLUMN_WIDTH, FONT_SIZE, SMALL_FONT_SIZE, save_figure
+from .plots import COLUMN_WIDTH, FONT_SIZE, SMALL_FONT_SIZE, save_figure, shown_name
 from .power_law import Extrapolation
 from .reliability import BINS, reliability_table
 from .selection import Selection, selection_curve
@@ -64,17 +64,18 @@ def plot_reliability(
         label=f"{len(np.asarray(probability))} galaxies, {len(table)} bins",
     )
     upper.set_ylim(-0.03, 1.03)
-    upper.set_ylabel(f"Share that is {label}", fontsize=FONT_SIZE)
+    name = shown_name(label)
+    upper.set_ylabel(f"Share that is {name}", fontsize=FONT_SIZE)
     upper.legend(fontsize=SMALL_FONT_SIZE, frameon=False, loc="upper left")
     upper.set_title(population, fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
     given, truth = np.asarray(probability), np.asarray(has_label) == 1
     edges = np.linspace(0, 1, 21)
     lower.hist(given, edges, color="0.8", label="all")
-    lower.hist(given[truth], edges, histtype="step", color="black", linewidth=0.9, label=label)
+    lower.hist(given[truth], edges, histtype="step", color="black", linewidth=0.9, label=name)
     lower.set_yscale("symlog", linthresh=1)
     lower.set_ylim(0, 15 * max(np.histogram(given, edges)[0].max(), 1))  # room for the legend
     lower.set_ylabel("Galaxies", fontsize=FONT_SIZE)
-    lower.set_xlabel(f"Probability of {label}", fontsize=FONT_SIZE)
+    lower.set_xlabel(f"Probability of {name}", fontsize=FONT_SIZE)
     lower.legend(fontsize=SMALL_FONT_SIZE, frameon=False, ncols=2)
     lower.set_xlim(-0.02, 1.02)
     _save(figure, [upper, lower], path)
@@ -124,11 +125,11 @@ def plot_completeness_and_purity(
             )
     share = truth.mean() if prevalence is None else prevalence
     whose = "of these galaxies" if prevalence is None else "in the sky"
-    panel.set_title(f"{label}: {share:.3g} {whose}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
+    panel.set_title(f"{shown_name(label)}: {share:.3g} {whose}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
     # The probabilities of what is rare are small: as far as they go, and not on to 1.
     panel.set_xlim(0, min(1, 1.1 * float(np.max(probability))))
     panel.set_ylim(0, 1.04)
-    panel.set_xlabel(f"Threshold in the probability of {label}", fontsize=FONT_SIZE)
+    panel.set_xlabel("Threshold in the probability", fontsize=FONT_SIZE)
     panel.set_ylabel("Completeness, purity", fontsize=FONT_SIZE)
     panel.legend(fontsize=SMALL_FONT_SIZE, frameon=False)
     _save(figure, [panel], path)
@@ -180,7 +181,7 @@ def plot_roc_and_precision_recall(
     lower.set_xlabel("Completeness", fontsize=FONT_SIZE)
     whose = "of these galaxies" if prevalence is None else "in the sky"
     lower.set_ylabel("Purity", fontsize=FONT_SIZE)
-    lower.set_title(f"{label}: {share:.3g} {whose}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
+    lower.set_title(f"{shown_name(label)}: {share:.3g} {whose}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
     for panel, place in ((upper, "lower right"), (lower, "best")):
         panel.set_xlim(-0.02, 1.02)
         panel.set_ylim(-0.02, 1.04)

@@ -34,7 +34,7 @@ from zoobot_hf.evaluation.intervals import Estimate
 from zoobot_hf.evaluation.judgement import check_prevalence
 from zoobot_hf.evaluation.label_audit import find_doubtful_labels, find_near_duplicates
 from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for_trainer
-from zoobot_hf.evaluation.plots import plot_galaxy_sheet
+from zoobot_hf.evaluation.plots import plot_galaxy_sheet, shown_name
 from zoobot_hf.evaluation.probability_plots import plot_reliability, plot_roc_and_precision_recall
 from zoobot_hf.evaluation.scores import Scores, score_probabilities
 from zoobot_hf.evaluation.tables import prediction_table, probability_columns
@@ -296,11 +296,10 @@ def plot_doubtful_labels(
     pictures = Pictures(galaxies, processor)
     rows = {identifier: row for row, identifier in enumerate(galaxies["id_str"][:])}
     first = doubtful.head(count).to_dict("records")
-    titles = [
-        f"{number}. {galaxy['id_str']}\nlabel: {galaxy['label']}\nP({galaxy['label']}) = "
-        f"{galaxy['probability_of_label']:.3f}"
-        for number, galaxy in enumerate(first, start=1)
-    ]
+    titles = []
+    for number, galaxy in enumerate(first, start=1):
+        label, probability = shown_name(galaxy["label"]), galaxy["probability_of_label"]
+        titles.append(f"{number}. {galaxy['id_str']}\nlabel: {label}\nP({label}) = {probability:.3f}")
     plot_galaxy_sheet([pictures[rows[galaxy["id_str"]]] for galaxy in first], titles, path)
 
 
