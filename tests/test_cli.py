@@ -30,6 +30,7 @@ from zoobot_hf.commands.finetune import _score_line
 from zoobot_hf.data.catalog import find_catalog
 from zoobot_hf.data.dataset import catalog_to_dataset
 from zoobot_hf.evaluation.intervals import Estimate
+from zoobot_hf.training import cross_validation
 
 COMMAND = Path(sys.executable).with_name("zoobot-hf")
 ENCODER = ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32)
@@ -217,7 +218,9 @@ def test_the_unfrozen_stage_is_left_out_at_no_epochs(galaxy_folder, encoder_fold
     assert set(metrics) == {"frozen", "kept_stage"}
 
 
-def test_folds_judge_every_galaxy_before_the_finetuning(galaxy_folder, encoder_folder, tmp_path, zoobot_hf):
+def test_folds_judge_every_galaxy_before_the_finetuning(
+    galaxy_folder, encoder_folder, tmp_path, zoobot_hf, refused, monkeypatch
+):
     options = finetune_options(galaxy_folder, encoder_folder, tmp_path / "out", unfrozen_epochs=0, folds=2)
     outcome = zoobot_hf(*options)
     assert outcome.status == 0
@@ -229,6 +232,13 @@ def test_folds_judge_every_galaxy_before_the_finetuning(galaxy_folder, encoder_f
     assert (tmp_path / "out-folds" / "label_audit.png").is_file()
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["out_of_fold"]["galaxies"] == 40
     assert "models of folds" in outcome.output
+    assert pd.read_parquet(tmp_path / "out" / "predictions.parquet").equals(table)
+    # As after a kill before the final model.
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out-checkpoints")
+    assert "out-folds already holds a run; go on with it (resume=True, --resume)" in refused(*options)
+    monkeypatch.setattr(cross_validation, "run_stages", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert zoobot_hf(*options, "--resume").status == 0
     assert pd.read_parquet(tmp_path / "out" / "predictions.parquet").equals(table)
 
 
@@ -735,6 +745,8 @@ def test_a_value_that_finetune_can_not_use_is_named(
         ("--unfrozen_epochs=-1", "it is '-1'; give a number at least 0"),
         ("--zoom=0.5", "it is '0.5'; give a number at least 1"),
         ("--zoom=nan", "it is 'nan'; give a number at least 1"),
+        ("--sky_prevalence=0.05", "it is '0.05'; give a label and its share, as in ring=0.05"),
+        ("--sky_prevalence=ring=rare", "it is 'ring=rare'; give a label and its share, as in ring=0.05"),
         ("--seed=-1", "it is '-1'; give a whole number at least 0 and at most 4294967295"),
         ("--seed=4294967296", "it is '4294967296'; give a whole number at least 0 and at most 4294967295"),
         ("--balance=twice", "invalid choice: 'twice' (choose from 'oversample', 'undersample')"),
@@ -745,6 +757,14 @@ def test_an_option_out_of_range_is_refused(option, message, refused):
     name = option.partition("=")[0]
     assert line.startswith(f"zoobot-hf finetune: argument {name}: {message}".removesuffix("'undersample')"))
     assert line.endswith("; see zoobot-hf finetune --help")
+
+
+def test_each_label_has_one_share_of_the_sky(galaxy_folder, encoder_folder, tmp_path, refused):
+    options = finetune_options(galaxy_folder, encoder_folder, tmp_path / "out")
+    line = refused(*options, "--sky_prevalence", "ring=0.05", "--sky_prevalence", "ring=0.1")
+    assert "sky_prevalence has a label twice" in line
+    line = refused(*options, "--sky_prevalence", "ring=0.05", "--sky_prevalence", "not ring=0.9")
+    assert "add up to" in line
 
 
 @pytest.mark.parametrize("batch_size", ["0", "-3", "many"])

@@ -170,6 +170,12 @@ def test_of_a_local_path_only_the_folder_is_shown(path):
     assert path not in text
 
 
+def test_the_folder_one_stands_in_has_a_name_too(tmp_path, monkeypatch):
+    (tmp_path / "rings").mkdir()
+    monkeypatch.chdir(tmp_path / "rings")
+    assert "The dataset is rings." in render(dataset_name=".", stages=STAGES, kept_stage="frozen")
+
+
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
 def test_the_card_says_what_kind_of_model_it_is(problem_type):
     expected = {

@@ -16,8 +16,9 @@ from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 from zoobot_hf import FrozenStageArguments, UnfrozenStageArguments
 from zoobot_hf.evaluation.calibration import fit_calibration, probabilities_at_prevalence
 from zoobot_hf.evaluation.scores import score_probabilities
-from zoobot_hf.training import cross_validation
+from zoobot_hf.training import cross_validation, stages
 from zoobot_hf.training.cross_validation import cross_validate, write_cross_validation
+from zoobot_hf.training.trainer import FrozenStageTrainer
 
 
 @pytest.fixture
@@ -75,9 +76,9 @@ def test_the_calibration_of_a_fold_comes_from_its_own_validation_split(validate,
     for fold, (splits, (stage,), _) in enumerate(remembered):
         shares = np.bincount(splits["train"]["label"]) / len(splits["train"])
         calibration = fit_calibration(
-            stage.validation_logits, splits["validation"]["label"][:], training_prevalence=shares
+            stage.validation_outputs, splits["validation"]["label"][:], training_prevalence=shares
         )
-        expected = softmax(calibration.apply(stage.test_logits), axis=1)
+        expected = softmax(calibration.apply(np.asarray(stage.test_outputs)), axis=1)
         expected = probabilities_at_prevalence(expected, assumed_prevalence=shares, prevalence=[0.5, 0.5])
         rows = result.table[result.table["fold"] == fold].set_index("id_str").loc[splits["test"]["id_str"][:]]
         assert rows["probability_ring"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
@@ -127,7 +128,7 @@ def test_the_unfrozen_stage_of_a_fold_is_kept_where_its_validation_loss_is_lower
         assert rows["is_kept"].sum() == 1
         assert rows.loc[rows["is_kept"], "validation_loss"].item() == rows["validation_loss"].min()
         stages = remembered[fold][1]
-        assert not np.allclose(stages[0].test_logits, stages[1].test_logits)
+        assert not np.allclose(stages[0].test_outputs, stages[1].test_outputs)
 
 
 def test_an_unfrozen_stage_that_diverges_costs_a_fold_nothing(validate, caplog):
@@ -137,11 +138,36 @@ def test_an_unfrozen_stage_that_diverges_costs_a_fold_nothing(validate, caplog):
     unfrozen = UnfrozenStageArguments(learning_rate=1e30, max_grad_norm=0, **settings)
     result = validate(skip_unfrozen=False, unfrozen=unfrozen)
     pd.testing.assert_frame_equal(result.table, alone.table)
-    frozen, diverged = (rows.set_index("fold") for _, rows in result.folds.groupby("stage"))
-    assert frozen["is_kept"].all()
-    assert diverged[["accuracy", "validation_loss"]].isna().all(axis=None)
-    for fold, accuracy in frozen["accuracy"].items():
+    assert result.folds["stage"].tolist() == ["frozen", "frozen"]
+    for fold, accuracy in enumerate(result.folds["accuracy"]):
         assert f"Fold {fold + 1} of 2, frozen stage: accuracy {accuracy:.3f}" in caplog.text
+
+
+def test_folds_that_were_killed_go_on_where_they_were(validate, tmp_path, monkeypatch):
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    unfrozen = {"skip_unfrozen": False, "unfrozen": UnfrozenStageArguments(learning_rate=1e-2, **settings)}
+    unbroken = validate(**unfrozen)
+    run_stage, trained = stages._run_stage, []
+
+    def run_and_be_killed(name, make_trainer, model, arguments, processor, dataset, work_dir):
+        trained.append((work_dir.name, name))
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return run_stage(name, make_trainer, model, arguments, processor, dataset, work_dir)
+
+    monkeypatch.setattr(stages, "_run_stage", run_and_be_killed)
+    with pytest.raises(KeyboardInterrupt):
+        validate(**unfrozen, work_dir=tmp_path / "work")
+    monkeypatch.setattr(FrozenStageTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    resumed = validate(**unfrozen, work_dir=tmp_path / "work")
+    assert trained[4:] == [("fold-1", "frozen"), ("fold-1", "unfrozen")]
+    pd.testing.assert_frame_equal(resumed.table, unbroken.table)
+    pd.testing.assert_frame_equal(resumed.folds.drop(columns="seconds"), unbroken.folds.drop(columns="seconds"))
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["fold-0.json", "fold-1.json", "run.json"]
+    with pytest.raises(ValueError, match=r"had another seed; resume .* or start anew"):
+        validate(**unfrozen, work_dir=tmp_path / "work", seed=1)
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        validate(**unfrozen, work_dir=tmp_path / "work", overwrite=True)
 
 
 def test_predictions_are_for_the_sky_and_scores_say_which_population(validate):
@@ -158,14 +184,18 @@ def test_predictions_are_for_the_sky_and_scores_say_which_population(validate):
     assert result.scores.labels["ring"]["log_loss"].value == pytest.approx(log_loss(truth, back), abs=1e-5)
 
 
-def test_near_duplicates_stay_in_one_fold(validate, galaxies, galaxy_images, caplog):
+def test_near_duplicates_stay_in_one_fold_and_in_one_split(validate, remembered, galaxies, galaxy_images, caplog):
     twin = np.asarray(galaxy_images[0]).copy()
     twin[0, 0] += 1
     row = Dataset.from_dict({"id_str": ["twin"], "image": [PilImage.fromarray(twin)], "label": [0]}, galaxies.features)
     joined = DatasetDict(train=galaxies, test=row)
-    result = validate(dataset=joined)
-    folds = result.table.set_index("id_str")["fold"]
-    assert folds["twin"] == folds["galaxy_00"]
+    # Without their group, the twins would be in two splits for some of these seeds.
+    for seed in range(4):
+        result = validate(dataset=joined, seed=seed)
+        folds = result.table.set_index("id_str")["fold"]
+        assert folds["twin"] == folds["galaxy_00"]
+    for splits, _, _ in remembered:
+        assert [len({"twin", "galaxy_00"} & set(split["id_str"])) for split in splits.values()].count(2) == 1
     assert ("galaxy_00", "twin") in set(
         zip(result.duplicates["id_str"], result.duplicates["other_id_str"], strict=True)
     )
@@ -261,17 +291,16 @@ SCRIPT = """
 import sys
 from accelerate.utils import gather_object
 from zoobot_hf import *
-from zoobot_hf.training import cross_validation
+from zoobot_hf.training import cross_validation, stages
 
-def run_and_compare(name, trainer, splits, run=cross_validation._run):
-    stage = run(name, trainer, splits)
+def measure_and_compare(name, trainer, *args, measure=stages._measure, **kwargs):
     weights = trainer.classifier.head[-1].weight.tolist()
     first, second = gather_object([(trainer.state.best_model_checkpoint, weights)])
     assert first[0] is not None and first == second, (first[0], second[0])
-    return stage
+    return measure(name, trainer, *args, **kwargs)
 
 folder, model, cache = sys.argv[1:]
-cross_validation._run = run_and_compare
+stages._measure = measure_and_compare
 rings = catalog_to_dataset(read_catalog(folder + "/catalog.csv"), label_column="ring")
 model = ZoobotForImageClassification.from_pretrained(model)
 frozen = FrozenStageArguments(num_train_epochs=2, embedding_cache_dir=cache, disable_tqdm=True)

@@ -27,7 +27,7 @@ from ..training.cross_validation import (
     split_for_final_model,
     write_cross_validation,
 )
-from ..training.finetuning import Finetuned, check_output, finetune
+from ..training.finetuning import Finetuned, check_output, checkpoints_folder, finetune
 from .inputs import choose_device, load_dataset, load_votes, stage_arguments
 from .options import add_device, add_encoder_and_dataset, add_precision, add_seed, number, share
 
@@ -79,6 +79,7 @@ def _add_sky_and_decision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sky_prevalence",
         nargs="+",
+        action="extend",
         type=share,
         metavar="LABEL=SHARE",
         help="share of each label in the sky that predictions are for; one may be left out, and is the rest "
@@ -179,7 +180,13 @@ def _check_before_training(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             raise ValueError(f"{name} is for a model that is tested on a split of its own; leave it out with folds.")
     check_aim(options.decision_aim or "f1", options.decision_at_least)
-    check_output(options.output_dir, resume=options.resume, overwrite=options.overwrite)
+    for folder in (options.output_dir, _folds_folder(options)):
+        check_output(folder, resume=options.resume, overwrite=options.overwrite)
+
+
+def _folds_folder(options: argparse.Namespace) -> Path:
+    output_dir: Path = options.output_dir.resolve()
+    return output_dir.with_name(f"{output_dir.name}-folds")
 
 
 def _split(options: argparse.Namespace, galaxies: Dataset | DatasetDict) -> DatasetDict:
@@ -200,7 +207,10 @@ def _read_stages(options: argparse.Namespace) -> Stages:
 
 
 def _sky_prevalence(options: argparse.Namespace) -> dict[str, float] | None:
-    return dict(options.sky_prevalence) if options.sky_prevalence else None
+    shares = options.sky_prevalence and dict(options.sky_prevalence)
+    if shares and len(shares) < len(options.sky_prevalence):
+        raise ValueError(f"sky_prevalence has a label twice: {options.sky_prevalence}; give each label one share.")
+    return shares
 
 
 def _load_model(
@@ -223,7 +233,7 @@ def _cross_validate(
     galaxies: Dataset | DatasetDict,
     stages: Stages,
 ) -> CrossValidation:
-    frozen, unfrozen = stages
+    (frozen, unfrozen), folder = stages, _folds_folder(options)
     result = cross_validate(
         model,
         processor,
@@ -235,8 +245,9 @@ def _cross_validate(
         balance=options.balance,
         sky_prevalence=_sky_prevalence(options),
         seed=options.seed,
+        work_dir=checkpoints_folder(folder),
+        overwrite=options.overwrite,
     )
-    folder = options.output_dir.resolve().with_name(f"{options.output_dir.resolve().name}-folds")
     if PartialState().is_main_process:
         paths = write_cross_validation(result, galaxies, folder, processor=processor)
         _report_folds(result)

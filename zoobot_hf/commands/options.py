@@ -34,9 +34,12 @@ def number(
 def share(text: str) -> tuple[str, float]:
     label, _, share = text.rpartition("=")
     try:
-        return label, float(share)
+        number = float(share)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; give a label and its share, as in ring=0.05") from None
+        number = math.nan
+    if not label or math.isnan(number):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; give a label and its share, as in ring=0.05")
+    return label, number
 
 
 def add_encoder_and_dataset(parser: argparse.ArgumentParser) -> None:

@@ -301,7 +301,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _name_to_show(name: str, hub_id: str | None) -> str:
     # A local path is nobody's business but the user's own.
-    return hub_id or Path(name).name
+    return hub_id or Path(name).resolve().name
 
 
 def _dataset_to_show(facts: ModelCardFacts) -> str | None:

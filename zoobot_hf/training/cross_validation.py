@@ -10,10 +10,13 @@ A model for everybody is then trained on all galaxies but those of one fold, whi
 
 import contextlib
 import copy
+import functools
+import json
 import logging
+import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +51,8 @@ from .embedding_cache import Stored, StoredEmbeddings, Views, store_embeddings
 from .folds import assign_folds, check_classes, group_near_duplicates
 from .machine import tune_memory_allocator
 from .reading import Pictures
-from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, check_labels
+from .stages import StageResult, best_stage, check_same_run, fingerprint_run, run_stages
+from .trainer import FrozenStageTrainer, check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -113,20 +117,12 @@ class _Shared(NamedTuple):
 class _SharedEmbeddingsTrainer(FrozenStageTrainer):
     """The frozen stage on embeddings that all folds share."""
 
-    shared: _Shared
+    def __init__(self, *args: Any, shared: _Shared, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shared = shared
 
     def _embeddings(self, dataset: Dataset, *, views: Views | None = None) -> StoredEmbeddings:
         return self.shared.of(dataset, views=views)
-
-
-class _Stage(NamedTuple):
-    """A stage's head's own logits, before any calibration."""
-
-    name: str
-    validation_loss: float
-    validation_logits: Floats
-    test_logits: Floats
-    seconds: float
 
 
 def cross_validate(
@@ -141,6 +137,8 @@ def cross_validate(
     balance: Strategy | None = None,
     sky_prevalence: Mapping[str, float] | None = None,
     seed: int = 42,
+    work_dir: str | Path | None = None,
+    overwrite: bool = False,
 ) -> CrossValidation:
     """Calibrated out-of-fold predictions of every galaxy, their scores with intervals, and an audit of the labels.
 
@@ -160,11 +158,14 @@ def cross_validate(
         sky_prevalence: The share of each label in the sky that the predictions are for, by its name, above 0; that of
             these galaxies when absent.
         seed: Decides the folds and the new heads.
+        work_dir: A folder for checkpoints and for what each fold gave: the same call goes on there with a run that was
+            killed. When absent, a run that is killed starts anew.
+        overwrite: Whether to delete what an earlier run left in `work_dir`.
 
     Raises:
         ValueError: No `ClassLabel`, a class with fewer galaxies than folds (or than three), a galaxy that is there
-            twice, labels that aren't the model's, a prevalence that doesn't fit, or a class of which nearly all are
-            near-duplicates of each other.
+            twice, labels that aren't the model's, a prevalence that doesn't fit, a class of which nearly all are
+            near-duplicates of each other, or a `work_dir` of another run.
     """
     tune_memory_allocator()
     galaxies = _join(dataset)
@@ -181,21 +182,27 @@ def cross_validate(
     cut = [_split(galaxies, labels, fold_of, groups, fold=fold, seed=seed, balance=balance) for fold in range(folds)]
     for fold, splits in enumerate(cut):
         _check_every_class_is_there(fold, splits)
-    for fold, splits in enumerate(cut):
-        set_seed(seed + fold)
-        fold_model = _new_model(model, splits["train"])
-        stages = _train(fold_model, processor, splits, shared, frozen, None if skip_unfrozen else unfrozen)
-        kept = min(stages, key=lambda stage: stage.validation_loss)
-        trained_at = effective_training_prevalence(fold_model.config)
-        calibration = fit_calibration(
-            kept.validation_logits, splits["validation"]["label"][:], training_prevalence=trained_at
-        )
-        test = np.flatnonzero(fold_of == fold)
-        probabilities[test] = softmax(calibration.apply(kept.test_logits), axis=1)
-        at_sky[test] = probabilities_at_prevalence(probabilities[test], assumed_prevalence=trained_at, prevalence=sky)
-        temperatures.append(calibration.temperature[0])
-        rows += [_row(fold, stage, labels[test], is_kept=stage is kept) for stage in stages]
-        _report(fold, folds, next(row for row in rows[-len(stages) :] if row["is_kept"]), calibration)
+    choices = {"balance": balance, "folds": folds, "seed": seed, "skip_unfrozen": skip_unfrozen}
+    fingerprint = fingerprint_run(model, processor, {"galaxies": galaxies}, (frozen, unfrozen), **choices)
+    second = None if skip_unfrozen else unfrozen
+    with _open_work_dir(work_dir, delete_first=overwrite) as folder:
+        check_same_run(folder, fingerprint)
+        for fold, splits in enumerate(cut):
+            set_seed(seed + fold)
+            fold_model = _new_model(model, splits["train"])
+            stages = _train(fold_model, processor, splits, shared, frozen, second, folder / f"fold-{fold}")
+            kept, trained_at = best_stage(stages), effective_training_prevalence(fold_model.config)
+            calibration = fit_calibration(
+                kept.validation_outputs, splits["validation"]["label"][:], training_prevalence=trained_at
+            )
+            test = np.flatnonzero(fold_of == fold)
+            probabilities[test] = softmax(calibration.apply(np.asarray(kept.test_outputs)), axis=1)
+            at_sky[test] = probabilities_at_prevalence(
+                probabilities[test], assumed_prevalence=trained_at, prevalence=sky
+            )
+            temperatures.append(calibration.temperature[0])
+            rows += [_row(fold, stage, labels[test], is_kept=stage is kept) for stage in stages]
+            _report(fold, folds, next(row for row in rows[-len(stages) :] if row["is_kept"]), calibration)
     table = _table(galaxies, labels, at_sky, fold_of, model)
     return _judge(table, at_sky, probabilities, labels, sky, model, pd.DataFrame(rows), temperatures, duplicates)
 
@@ -243,7 +250,7 @@ def write_cross_validation(
         given = (here[:, number], labels == name)
         plot_reliability(*given, folder / f"reliability{end}.png", label=name, population="Out of fold")
         plot_roc_and_precision_recall(*given, folder / f"roc{end}.png", label=name)
-    return sorted(folder.iterdir())
+    return [path for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def split_for_final_model(result: CrossValidation, dataset: Dataset | DatasetDict) -> DatasetDict:
@@ -412,6 +419,23 @@ def _new_model(model: ZoobotForImageClassification, train: Dataset) -> ZoobotFor
     return fresh
 
 
+@contextlib.contextmanager
+def _open_work_dir(work_dir: str | Path | None, *, delete_first: bool) -> Iterator[Path]:
+    """The folder, or one for this run alone; all processes have the same, since they read the best checkpoint there."""
+    if work_dir is None:
+        with tempfile.TemporaryDirectory() as own:
+            yield Path(broadcast_object_list([own])[0])
+            PartialState().wait_for_everyone()
+        return
+    folder = Path(work_dir)
+    if PartialState().is_main_process:
+        if delete_first and folder.is_dir():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    PartialState().wait_for_everyone()
+    yield folder
+
+
 def _train(
     model: ZoobotForImageClassification,
     processor: ZoobotImageProcessor,
@@ -419,48 +443,23 @@ def _train(
     shared: _Shared,
     frozen: FrozenStageArguments,
     unfrozen: UnfrozenStageArguments | None,
-) -> list[_Stage]:
-    given = {
-        "processing_class": processor,
-        "train_dataset": splits["train"],
-        "eval_dataset": splits["validation"],
-        "compute_metrics": metrics_for_trainer(SINGLE_LABEL),
-    }
-    with _folder_of_all_processes() as folder:
-        first = _SharedEmbeddingsTrainer(model, _arguments(frozen, f"{folder}/frozen"), **given)
-        first.shared = shared
-        stages = [_run("frozen", first, splits)]
-        if unfrozen is not None:
-            second = UnfrozenStageTrainer(model, _arguments(unfrozen, f"{folder}/unfrozen"), **given)
-            stages.append(_run("unfrozen", second, splits))
+    folder: Path,
+) -> list[StageResult]:
+    """What a fold's stages gave; of a fold that was finished earlier, what is on disk of it."""
+    finished = folder.with_suffix(".json")
+    if finished.is_file():
+        return [StageResult(**values) for values in json.loads(finished.read_text())]
+    trainer = functools.partial(_SharedEmbeddingsTrainer, shared=shared)
+    stages = run_stages(model, processor, splits, folder, frozen=frozen, unfrozen=unfrozen, frozen_trainer=trainer)
+    if PartialState().is_main_process:
+        write_json(finished, [asdict(stage) for stage in stages])
+        shutil.rmtree(folder)
+    PartialState().wait_for_everyone()
     return stages
 
 
-@contextlib.contextmanager
-def _folder_of_all_processes() -> Iterator[str]:
-    """A temporary folder: the first process writes the checkpoints, and all of them read the best one."""
-    with tempfile.TemporaryDirectory() as own:
-        yield broadcast_object_list([own])[0]
-        PartialState().wait_for_everyone()
-
-
-def _arguments(arguments: Any, folder: str) -> Any:
-    copied = copy.copy(arguments)
-    copied.output_dir = folder
-    return copied
-
-
-def _run(name: str, trainer: FrozenStageTrainer | UnfrozenStageTrainer, splits: DatasetDict) -> _Stage:
-    started = time.monotonic()
-    trainer.train()
-    validation, test = trainer.predict(splits["validation"]), trainer.predict(splits["test"])
-    validation_logits, test_logits = (np.asarray(each.predictions, dtype=np.float64) for each in (validation, test))
-    loss = float(validation.metrics["test_loss"])  # Trainer's name for the loss of whatever is predicted
-    return _Stage(name, loss, validation_logits, test_logits, time.monotonic() - started)
-
-
-def _row(fold: int, stage: _Stage, labels: Integers, *, is_kept: bool) -> dict[str, Any]:
-    scores = metrics_for_trainer(SINGLE_LABEL)(EvalPrediction(stage.test_logits, labels))
+def _row(fold: int, stage: StageResult, labels: Integers, *, is_kept: bool) -> dict[str, Any]:
+    scores = metrics_for_trainer(SINGLE_LABEL)(EvalPrediction(np.asarray(stage.test_outputs), labels))
     return {
         "fold": fold,
         "stage": stage.name,
