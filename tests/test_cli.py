@@ -931,6 +931,9 @@ def test_predict_refuses_an_encoder_without_a_trained_head(shared_galaxy_folder,
 def test_predict_refuses_images_that_are_not_there(model_folder, tmp_path, refused):
     line = refused("predict", "--model", model_folder, "--images", tmp_path / "no", "--output", tmp_path / "table.csv")
     assert f"{tmp_path / 'no'} does not exist; give a catalog file or a folder of images" in line
+    for images in (tmp_path / "*.csv", "user/survey", "galaxies.tar"):
+        line = refused("predict", "--model", model_folder, "--images", images, "--output", tmp_path / "table.csv")
+        assert "the images are in an archive, a Hub dataset or several catalogs; choose a folder" in line
 
 
 def test_damaged_weights_are_refused(shared_galaxy_folder, model_folder, tmp_path, refused):

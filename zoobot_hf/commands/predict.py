@@ -1,6 +1,7 @@
 """`zoobot-hf predict`: a table of predictions for a catalog, a folder of images or a survey."""
 
 import argparse
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,10 +119,11 @@ def _predict_embeddings(options: argparse.Namespace) -> Survey:
 
 
 def _predict_table(options: argparse.Namespace) -> int:
-    if names_archive(options.images) or names_hub_dataset(options.images):
+    is_pattern = glob.has_magic(options.images) and not Path(options.images).exists()
+    if is_pattern or names_archive(options.images) or names_hub_dataset(options.images):
         raise ValueError(
-            f"output is {options.output}, one table, and the images are in an archive or a Hub dataset; choose a "
-            "folder, from which zoobot-hf merge makes one table."
+            f"output is {options.output}, one table, and the images are in an archive, a Hub dataset or several "
+            "catalogs; choose a folder, from which zoobot-hf merge makes one table."
         )
     for name in ("retry_failures", "max_failures", *HUB_OPTIONS):
         if getattr(options, name) not in (None, False):

@@ -385,8 +385,8 @@ def _find_format(path: Path) -> str:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in CATALOG_FORMATS:
         raise CatalogError(
-            f"catalog {path} has the suffix {suffix!r}; known are {', '.join(CATALOG_FORMATS)}. "
-            "Rename the file after its format, or save it in one of these."
+            f"catalog {path} has the suffix {suffix!r}; known are {', '.join(CATALOG_FORMATS)}. Rename the file after "
+            "its format, or save it in one of these; of images give the folder, and a folder to write to has no dot."
         )
     return CATALOG_FORMATS[suffix]
 
