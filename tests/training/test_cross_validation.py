@@ -294,7 +294,7 @@ from zoobot_hf import *
 from zoobot_hf.training import cross_validation, stages
 
 def measure_and_compare(name, trainer, *args, measure=stages._measure, **kwargs):
-    weights = trainer.classifier.head[-1].weight.tolist()
+    weights = trainer.model.head[-1].weight.tolist()
     first, second = gather_object([(trainer.state.best_model_checkpoint, weights)])
     assert first[0] is not None and first == second, (first[0], second[0])
     return measure(name, trainer, *args, **kwargs)
