@@ -92,12 +92,14 @@ def calibrated_model(name):
     return model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["convnext", "timm"])
-def test_a_plain_checkpoint_has_the_calibration_in_its_weights(name, pixel_values, processor, tmp_path):
-    model = calibrated_model(name)
+def test_a_plain_checkpoint_has_the_calibration_in_its_weights(name, dtype, pixel_values, processor, tmp_path):
+    model = calibrated_model(name).to(dtype)
     export_to_transformers(model, processor, tmp_path / "plain", pixel_values=pixel_values)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "plain").eval()
-    raw = make_model(name)
+    assert loaded.dtype == torch.float32
+    raw = make_model(name).to(dtype).float()
     expected = logits_of(raw, pixel_values) / 1.7 + torch.tensor([0.2, -0.1]) + torch.tensor([1.8, 0.2]).log()
     torch.testing.assert_close(logits_of(loaded, pixel_values), expected, atol=1e-4, rtol=0)
 

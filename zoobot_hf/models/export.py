@@ -62,7 +62,7 @@ def export_to_transformers(
     plain = to_transformers(model)
     with _new_folder(Path(folder)) as unfinished:
         if plain.config.model_type == "timm_wrapper":
-            # Both timm and transformers read the processing of such a checkpoint from its config.json.
+            # What TimmWrapperImageProcessor reads; the encoder's own would be ImageNet's left over.
             plain.config.pretrained_cfg = {**(plain.config.pretrained_cfg or {}), **_timm_processing(processor)}
         plain.save_pretrained(unfinished)
         _plain_processor(processor).save_pretrained(unfinished)
@@ -177,7 +177,7 @@ def _folded_linear_head(model: ZoobotForImageClassification) -> nn.Linear:
         raise ExportError(f"transformers has no class for a head of type {config.head_type!r}; {instead}.")
     if config.problem_type == "regression" and config.unit_interval:
         raise ExportError(f"transformers has no class for a regression with unit_interval; {instead}.")
-    linear = copy.deepcopy(model.head[-1])
+    linear = copy.deepcopy(model.head[-1]).float()  # as the export is, also where the model is in half precision
     assert isinstance(linear, nn.Linear)
     linear.weight.data, linear.bias.data = fold_calibration(linear.weight.data, linear.bias.data, config)
     return linear
