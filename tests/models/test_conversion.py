@@ -537,6 +537,42 @@ def test_a_finetuned_model_of_the_hub_gets_another_head(finetuned, layer_norm_mo
     model = ZoobotForImageClassification.from_pretrained(repo_id, label_names=["a", "b", "c"])
     assert_same_weights(model.encoder, layer_norm_model.encoder)
     assert model.config.label_names == ["a", "b", "c"]
+    assert model.config.encoder_name == repo_id
+
+
+@pytest.mark.parametrize("is_on_the_hub", [False, True])
+@pytest.mark.parametrize("has_another_model_above", [False, True])
+def test_a_subfolder_has_configuration_weights_and_processor(
+    has_another_model_above, is_on_the_hub, finetuned, batch_norm_model, hub, upload, repo_id, tmp_path
+):
+    folder = finetuned if has_another_model_above else tmp_path / "empty"
+    batch_norm_model.config.calibration_temperature = 0.5
+    batch_norm_model.save_pretrained(folder / "stages/frozen")
+    ZoobotImageProcessor(40).save_pretrained(folder / "stages/frozen")
+    place = {"pretrained_model_name_or_path": upload(repo_id, folder) if is_on_the_hub else folder}
+    place["subfolder"] = "stages/frozen"
+    for auto_class in (ZoobotForImageClassification, AutoModelForImageClassification):
+        model = auto_class.from_pretrained(**place)
+        assert_same_weights(model, batch_norm_model)
+        assert model.config.calibration_temperature == 0.5
+    assert ZoobotImageProcessor.from_pretrained(**place).pixels == 40
+    assert image_processor_for(place["pretrained_model_name_or_path"], subfolder="stages/frozen").pixels == 40
+    assert all("stages/frozen" in request.target for request in hub.requests if "safetensors" in request.target)
+
+
+@pytest.mark.parametrize("is_on_the_hub", [False, True])
+def test_messages_name_the_subfolder_and_the_encoder_is_the_repositorys(
+    is_on_the_hub, finetuned, layer_norm_model, upload, repo_id, caplog
+):
+    layer_norm_model.save_pretrained(finetuned / "frozen")
+    place = upload(repo_id, finetuned) if is_on_the_hub else finetuned
+    repository = repo_id if is_on_the_hub else "finetuned"
+    with caplog.at_level(logging.INFO, "zoobot_hf"):
+        model = ZoobotForImageClassification.from_pretrained(place, subfolder="frozen", label_names=["a", "b", "c"])
+    assert caplog.messages[0] == f"Loaded the encoder of {repository}/frozen; its old head was left out."
+    assert model.config.encoder_name == repository
+    with pytest.raises(OSError, match=r"unfrozen holds no config\.json"):
+        ZoobotModel.from_pretrained(place, subfolder="unfrozen")
 
 
 # Image processors -----------------------------------------------------------------------------------------------

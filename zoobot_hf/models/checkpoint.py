@@ -3,7 +3,7 @@
 import inspect
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self, cast
 
 import torch
@@ -39,7 +39,8 @@ class Checkpoint:
     """What from_pretrained was given, sorted.
 
     Attributes:
-        name: The repository's, folder's or file's.
+        repository: The Hub id, or the name of the local folder or file.
+        name: The same with the subfolder.
         folder: Its local copy.
         saved_config: None where it isn't a zoobot_hf repository.
         zoobot_model: What a `.ckpt` file holds; None where it isn't one.
@@ -48,6 +49,7 @@ class Checkpoint:
         other_arguments: The rest.
     """
 
+    repository: str
     name: str
     folder: Path
     saved_config: ZoobotConfig | None
@@ -78,13 +80,14 @@ class Checkpoint:
         if fields.get("decision_tree") is not None:
             fields |= labels_of_votes(fields["decision_tree"], id2label=fields.get("id2label"))
         folder = local_copy(name_or_path, **hub_arguments)
-        name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
+        repository = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
+        name = str(PurePosixPath(repository, hub_arguments.get("subfolder", "")))
         zoobot_file = find_zoobot_file(folder)
         zoobot_model = None if zoobot_file is None else read_zoobot_file(zoobot_file)
         is_ours = zoobot_file is None and read_configuration(folder).get("model_type") == ZoobotConfig.model_type
         saved_config = ZoobotConfig.from_pretrained(str(folder)) if is_ours else None
         fields |= _numbered_labels(count, fields, config or saved_config)
-        return cls(name, folder, saved_config, zoobot_model, config, fields, arguments)
+        return cls(repository, name, folder, saved_config, zoobot_model, config, fields, arguments)
 
     @property
     def is_ours(self) -> bool:
@@ -106,7 +109,8 @@ class Checkpoint:
         saved = self.saved_config
         settings = (self.given_config or saved).to_dict()
         if self.asks_for_new_head():
-            old = FIELDS_OF_OLD_HEAD.items()
+            # Training goes on from this repository's encoder, whatever that one started from.
+            old = {**FIELDS_OF_OLD_HEAD, "encoder_name": self.repository}.items()
             settings |= {name: default for name, default in old if settings[name] == getattr(saved, name)}
         if self.has_decision_tree and self._asks_for_other("id2label", "problem_type"):
             settings["decision_tree"] = None
@@ -143,7 +147,8 @@ class Checkpoint:
             loaded = load_zoobot_encoder(self.zoobot_model, fields.pop("encoder_config", None), dtype=dtype)
             fields = {**self.zoobot_model.config_fields(), **fields}
             fields.setdefault("id2label", {i: f"LABEL_{i}" for i in range(len(self.zoobot_model.head_bias))})
-        config = ZoobotConfig(loaded.model.config, **{"pooling": loaded.pooling, "encoder_name": self.name, **fields})
+        fields = {"pooling": loaded.pooling, "encoder_name": self.repository, **fields}
+        config = ZoobotConfig(loaded.model.config, **fields)
         logger.info(
             "Loaded the encoder %s (%s, %.1f million parameters); left out of its checkpoint: %s.",
             self.name,

@@ -4,7 +4,7 @@ import inspect
 import json
 import logging
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from .lightning_checkpoint import ZoobotCheckpoint, find_zoobot_file, read_zoobo
 
 logger = logging.getLogger(__name__)
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 NORMALIZATIONS = ("auto", "none", "encoder")
 DEFAULT_PIXELS = 224
 # A small ResNet, trained from scratch on drawn galaxies; its card: model_cards/drawn-galaxies.
@@ -55,7 +55,7 @@ class LoadedEncoder(NamedTuple):
     left_out: list[str]
 
 
-def local_copy(name_or_path: str | Path, **hub_arguments: Any) -> Path:
+def local_copy(name_or_path: str | Path, *, subfolder: str = "", **hub_arguments: Any) -> Path:
     """The folder with a repository's configuration and weights, downloaded where it isn't local; or a local file.
 
     The weights are fetched before transformers sees the repository. Given the name of one without safetensors,
@@ -63,20 +63,22 @@ def local_copy(name_or_path: str | Path, **hub_arguments: Any) -> Path:
 
     Args:
         name_or_path: A local folder, a `.ckpt` file of Zoobot's, or a Hub id.
+        subfolder: Of the folder or repository, where the model lies in one.
         **hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
     Raises:
         OSError: No such folder and no such repository, revision or network.
     """
     if Path(name_or_path).is_dir() or (Path(name_or_path).is_file() and Path(name_or_path).suffix == ".ckpt"):
-        return Path(name_or_path)
-    name = str(name_or_path)
+        return Path(name_or_path, subfolder)
+    name, inside = str(name_or_path), PurePosixPath(subfolder)
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(SAFE_PATTERNS), **hub_arguments))
+        patterns = [str(inside / pattern) for pattern in SAFE_PATTERNS]
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **hub_arguments), subfolder)
         if not any(folder.glob("*.safetensors")):
             # Zoobot's finetuned models are a Lightning checkpoint and nothing else.
             pattern = "pytorch_model*.bin" if (folder / "config.json").is_file() else "*.ckpt"
-            snapshot_download(name, allow_patterns=[pattern], **hub_arguments)
+            snapshot_download(name, allow_patterns=[str(inside / pattern)], **hub_arguments)
     except HFValidationError as error:
         raise OSError(f"{name!r} is neither a folder here nor a Hub id of the form user/name.") from error
     except RevisionNotFoundError as error:
@@ -328,6 +330,7 @@ def image_processor_for(
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization is {normalization!r}; choose one of {', '.join(NORMALIZATIONS)}.")
     folder = local_copy(name_or_path, **hub_arguments)
+    name = PurePosixPath(name_or_path, hub_arguments.get("subfolder", ""))
     zoobot_file = find_zoobot_file(folder)
     if zoobot_file is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in read_zoobot_file(zoobot_file).encoder.items()}
@@ -339,7 +342,7 @@ def image_processor_for(
         return ZoobotImageProcessor.from_pretrained(str(folder), **changes)
     stated = _stated_processing(folder, settings)
     if normalization == "encoder" and not stated.normalization:
-        raise ValueError(f"{name_or_path} states no mean and standard deviation; choose normalization none.")
+        raise ValueError(f"{name} states no mean and standard deviation; choose normalization none.")
     in_timm_layout = _has_timm_layout(settings)
     is_trusted = normalization == "encoder" or (normalization == "auto" and not in_timm_layout)
     applied = stated.normalization if is_trusted else {}
@@ -347,7 +350,7 @@ def image_processor_for(
         logger.warning(
             "%s states %s, which is not applied: Galaxy Zoo's encoders take RGB in 0-1 and carry ImageNet's numbers "
             "all the same. For an encoder that was trained elsewhere, choose normalization encoder.",
-            name_or_path,
+            name,
             stated.normalization,
         )
     return ZoobotImageProcessor(

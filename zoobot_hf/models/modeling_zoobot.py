@@ -195,7 +195,7 @@ class ZoobotModel(ZoobotPreTrainedModel):
         Args:
             pretrained_model_name_or_path: A local folder or a Hub id.
             *model_args: None are taken.
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; fields of
+            **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; fields of
                 `ZoobotConfig`; for a zoobot_hf repository whatever else transformers takes, but `output_loading_info`.
 
         Raises:
@@ -259,9 +259,9 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
         Args:
             pretrained_model_name_or_path: A local folder or a Hub id.
             *model_args: None are taken.
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `label_names` (or
-                transformers' `id2label` or `num_labels`) and other fields of `ZoobotConfig`; for a zoobot_hf
-                repository whatever else transformers takes, but `output_loading_info`.
+            **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`;
+                `label_names` (or transformers' `id2label` or `num_labels`) and other fields of `ZoobotConfig`; for a
+                zoobot_hf repository whatever else transformers takes, but `output_loading_info`.
 
         Raises:
             OSError: No such folder or repository, or no network.
