@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
+    BeitConfig,
+    BeitModel,
     BitImageProcessor,
     ConvNextForImageClassification,
     ConvNextModel,
-    MobileNetV2Config,
-    MobileNetV2Model,
+    PoolFormerConfig,
+    PoolFormerModel,
     ResNetForImageClassification,
     ViTForImageClassification,
     ViTModel,
@@ -266,14 +268,40 @@ def test_the_pooling_can_be_chosen(vit_model, pixel_values, tmp_path):
     assert torch.allclose(embeddings_of(loaded, pixel_values), expected, atol=1e-6)
 
 
-def test_an_encoder_of_unknown_embedding_size_is_loaded_where_it_is_given(pixel_values, tmp_path):
-    encoder = MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.1, image_size=32)).eval()
+def test_an_encoder_without_a_pooled_output_is_read_by_its_mean_and_the_log_says_so(pixel_values, tmp_path, caplog):
+    encoder = PoolFormerModel(PoolFormerConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 24])).eval()
     encoder.save_pretrained(tmp_path / "encoder")
-    size = encoder(pixel_values).pooler_output.shape[1]
-    model = ZoobotForImageClassification.from_pretrained(tmp_path / "encoder", label_names=LABELS, embedding_size=size)
-    assert model(pixel_values=pixel_values).logits.shape == (4, 2)
-    with pytest.raises(ValueError, match="embedding size of a 'mobilenet_v2' encoder is not known"):
-        ZoobotForImageClassification.from_pretrained(tmp_path / "encoder", label_names=LABELS)
+    with caplog.at_level(logging.INFO, "zoobot_hf"):
+        model = ZoobotForImageClassification.from_pretrained(tmp_path / "encoder", label_names=LABELS)
+    assert caplog.messages[1:] == [
+        "The encoder has no pooled output: its embedding is the mean of its tokens or pixels.",
+        "The linear head is new, to be trained: not ring, ring.",
+    ]
+    with torch.no_grad():
+        expected = encoder(pixel_values).last_hidden_state.mean(dim=(2, 3))
+    model.save_pretrained(tmp_path / "saved")
+    for each in (model, ZoobotForImageClassification.from_pretrained(tmp_path / "saved")):
+        assert (each.config.pooling, each.config.embedding_size) == ("mean", 24)
+        assert torch.allclose(embeddings_of(each, pixel_values), expected, atol=1e-6)
+
+
+def test_positions_that_an_encoder_keeps_for_the_whole_process_are_no_dry_runs(pixel_values, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BeitConfig(**sizes, image_size=32, patch_size=8, use_relative_position_bias=True)
+    encoder = BeitModel(config).eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    encoder.save_pretrained(tmp_path)
+    loaded = embeddings_of(ZoobotModel.from_pretrained(tmp_path), pixel_values)
+    with torch.no_grad():
+        assert torch.equal(loaded, encoder(pixel_values).pooler_output)
+
+
+def test_what_no_dry_run_can_find_is_taken_as_given(vit_model, monkeypatch, tmp_path):
+    vit_model.encoder.save_pretrained(tmp_path)
+    monkeypatch.setattr(ViTModel, "forward", lambda *_: pytest.fail("the encoder was run"))
+    model = ZoobotModel.from_pretrained(tmp_path, pooling="first_token", embedding_size=16)
+    assert (model.config.pooling, model.config.embedding_size) == ("first_token", 16)
 
 
 def test_fields_of_the_configuration_can_be_given(timm_folder):

@@ -30,10 +30,10 @@ class Schema:
 class FinetunedByZoobot(nn.Module):
     """The layout of a finetuned Zoobot model: an encoder and a linear head, followed in trees by a sigmoid."""
 
-    def __init__(self, outputs, *, is_tree, **arguments):
+    def __init__(self, outputs, *, is_tree, architecture="test_convnext", embedding_size=64, **arguments):
         super().__init__()
-        self.encoder = timm.create_model("test_convnext", num_classes=0, **arguments)
-        linear = nn.Linear(self.encoder.num_features, outputs)
+        self.encoder = timm.create_model(architecture, num_classes=0, **arguments)
+        linear = nn.Linear(embedding_size, outputs)
         self.head = nn.Sequential(nn.Dropout(), nn.Sequential(linear)) if is_tree else nn.ModuleDict({"linear": linear})
         self.eval()
 
@@ -130,6 +130,23 @@ def test_a_greyscale_encoder_takes_one_channel(tmp_path, images):
     assert (processor.num_channels, processor.pixels, processor.do_normalize) == (1, 224, False)
 
 
+def test_an_encoder_that_ends_in_a_hidden_layer_is_loaded(tmp_path):
+    original = FinetunedByZoobot(3, is_tree=False, architecture="test_mambaout", embedding_size=256)
+    path = save(original, tmp_path / "mambaout.ckpt", name="test_mambaout")
+    model, images = ZoobotForImageClassification.from_pretrained(path), torch.rand(2, 3, 64, 64)
+    assert model.encoder.timm_model.num_features == 64
+    assert torch.allclose(model(images).logits, original(images), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(None, torch.float32), ("float16", torch.float16), (torch.bfloat16, torch.bfloat16), ("auto", torch.float32)],
+)
+def test_the_type_of_the_weights_can_be_named(dtype, expected, classifier_file):
+    model = ZoobotForImageClassification.from_pretrained(classifier_file[1], dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
 def test_an_encoder_that_the_file_does_not_name_is_given(tmp_path, images):
     original = FinetunedByZoobot(34, is_tree=True)
     path = save(original, tmp_path / "tree.ckpt", name=None)
@@ -218,6 +235,11 @@ def test_another_kind_of_head_is_refused(tree_file, classifier_file):
         ZoobotForImageClassification.from_pretrained(tree_file[1])
     with pytest.raises(ValueError, match=r"Classifier\.ckpt is loaded with ZoobotForImageClassification"):
         ZoobotForGalaxyZoo.from_pretrained(classifier_file[1], decision_tree=DECALS)
+
+
+def test_a_head_is_not_put_on_other_embeddings(classifier_file):
+    with pytest.raises(ValueError, match=r"pooling is 'mean'; the head of Fine.*\.ckpt takes 'pooler': leave it out"):
+        ZoobotForImageClassification.from_pretrained(classifier_file[1], pooling="mean")
 
 
 def test_a_tree_is_needed(tree_file):

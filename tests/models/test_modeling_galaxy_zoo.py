@@ -267,6 +267,31 @@ def test_a_head_of_another_type_starts_afresh(saved, caplog):
     assert new.head[-1].weight.shape == (46, 256)
 
 
+@pytest.mark.parametrize("tree", [{}, {"decision_tree": EUCLID}])
+def test_no_answer_starts_from_a_head_on_other_embeddings(tree, saved, caplog):
+    with caplog.at_level(logging.INFO):
+        new = ZoobotForGalaxyZoo.from_pretrained(saved[1], pooling="mean", **tree)
+    assert new.config.pooling == "mean"
+    assert not new.head[-1].weight.any()
+    assert f"The linear head for the decision tree '{new.tree_name}' is new, to be trained" in caplog.text
+
+
+def test_a_tree_in_a_given_configuration_is_that_of_the_new_head(saved):
+    model, folder = saved
+    config = ZoobotConfig.from_dict({**model.config.to_dict(), **config_of(tree=EUCLID).to_dict()})
+    new = ZoobotForGalaxyZoo.from_pretrained(folder, config=config)
+    assert new.tree_name == "euclid"
+    assert torch.equal(rows_of(new, ["bar-euclid_no"]), rows_of(model, ["bar-dr5_no"]))
+    classifier_config = ZoobotConfig(config.encoder_config, problem_type="multi_label_classification")
+    classifier = ZoobotForImageClassification.from_pretrained(folder, config=classifier_config)
+    assert classifier.config.problem_type == "multi_label_classification"
+
+
+def test_a_new_tree_is_where_the_encoder_is(saved):
+    new = ZoobotForGalaxyZoo.from_pretrained(saved[1], decision_tree=EUCLID, device_map={"": "meta"})
+    assert {parameter.device.type for parameter in new.parameters()} == {"meta"}
+
+
 def test_a_head_of_another_type_answers_the_same_tree(saved):
     new = ZoobotForGalaxyZoo.from_pretrained(saved[1], head_type="mlp", head_hidden_size=8)
     assert new.config.decision_tree == DECALS

@@ -4,9 +4,20 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import with_decided_head
+from tiny_models import ENCODERS, with_decided_head
 from torch import nn
-from transformers import AutoModel, AutoModelForImageClassification, MobileNetV2Config, ViTConfig, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    IJepaConfig,
+    MobileNetV2Config,
+    PoolFormerConfig,
+    ViTConfig,
+    ViTMAEConfig,
+    pipeline,
+)
+from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, ZoobotModel
 from zoobot_hf.models.heads import fold_calibration
@@ -103,10 +114,75 @@ def test_a_model_without_an_encoder_is_refused():
         ZoobotForImageClassification(ZoobotConfig())
 
 
-def test_an_encoder_whose_size_cannot_be_known_asks_for_it():
-    encoder_config = MobileNetV2Config(depth_multiplier=0.1, image_size=32)
-    with pytest.raises(ValueError, match="size of a 'mobilenet_v2' encoder is not known; give embedding_size"):
-        ZoobotModel(ZoobotConfig(encoder_config))
+TOKENS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+SMALL_POOLFORMER = PoolFormerConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 24], image_size=32)
+# 8 x 8 pixels of 8 numbers each, the numbers last: a mean over the wrong axes has the same shape.
+SWIN = TimmWrapperConfig(
+    architecture="swin_tiny_patch4_window7_224",
+    model_args={"img_size": 64, "embed_dim": 4, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4},
+)
+
+
+@pytest.mark.parametrize(
+    ("encoder_config", "pooling", "size"),
+    [
+        (IJepaConfig(**TOKENS), "mean", 16),
+        (SMALL_POOLFORMER, "mean", 24),
+        (MobileNetV2Config(depth_multiplier=0.1, image_size=32), "pooler", 1280),
+        (TimmWrapperConfig(architecture="test_mambaout"), "pooler", 256),  # a hidden layer of 64 to 256 follows it
+        (SWIN, "pooler", 8),
+    ],
+    ids=["ijepa", "poolformer", "mobilenet", "mambaout", "swin"],
+)
+def test_a_dry_run_says_how_an_embedding_is_read_and_how_long_it_is(encoder_config, pooling, size):
+    config = ZoobotConfig(encoder_config)
+    model = ZoobotModel(config)
+    assert (config.pooling, config.embedding_size) == (pooling, size)
+    pixels = 64 if encoder_config is SWIN else 32
+    assert model(torch.rand(2, 3, pixels, pixels)).embeddings.shape == (2, size)
+
+
+def test_a_dry_run_leaves_no_trace(batch_norm_model):
+    torch.manual_seed(0)
+    found = ZoobotModel(ZoobotConfig(batch_norm_model.config.encoder_config))
+    torch.manual_seed(0)
+    told = ZoobotModel(ZoobotConfig(batch_norm_model.config.encoder_config, pooling="pooler", embedding_size=16))
+    assert moved(state_of(told), found) == set()
+    assert all(module.training for module in found.modules())
+
+
+@pytest.mark.parametrize(
+    ("encoder_config", "pooling"),
+    [
+        (IJepaConfig(**TOKENS), "pooler"),
+        (ENCODERS["batch_norm"], "first_token"),
+        (ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, image_size=8192), "pooler"),
+    ],
+)
+def test_an_encoder_that_gives_no_embedding_says_what_to_give(encoder_config, pooling):
+    message = f"the '{encoder_config.model_type}' encoder gave no embedding with pooling '{pooling}'; give another "
+    with pytest.raises(ValueError, match=message + r".*, or both pooling and embedding_size"):
+        ZoobotModel(ZoobotConfig(encoder_config, pooling=pooling))
+
+
+def test_nothing_is_masked(tmp_path):
+    model = ZoobotModel(ZoobotConfig(ViTMAEConfig(**TOKENS))).eval()
+    images = torch.rand(2, 3, 32, 32)
+    in_order = torch.linspace(0, 1, 16).expand(2, -1)
+    model.encoder.save_pretrained(tmp_path / "encoder")
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        expected = model.encoder(images, noise=in_order).last_hidden_state
+        assert expected.shape == (2, 17, 16)
+        for each_model in (model, *(ZoobotModel.from_pretrained(tmp_path / name) for name in ("encoder", "saved"))):
+            assert torch.allclose(each_model(images).embeddings, expected.mean(1), atol=1e-5)
 
 
 def test_logits_of_a_bounded_regression_lie_in_0_to_1(layer_norm_model, pixel_values):
@@ -137,6 +213,15 @@ def test_mean_pooling_of_a_convolutional_encoder_is_over_the_pixels(layer_norm_m
     with torch.no_grad():
         expected = model.encoder(pixel_values).last_hidden_state.mean(dim=(2, 3))
         assert torch.allclose(model(pixel_values).embeddings, expected, atol=1e-6)
+
+
+def test_mean_pooling_of_timms_swin_is_over_the_pixels_too():
+    model = ZoobotModel(ZoobotConfig(SWIN, pooling="mean")).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        pixels = model.encoder(images).last_hidden_state
+        assert pixels.shape == (2, 8, 8, 8)
+        assert torch.allclose(model(images).embeddings, pixels.mean(dim=(1, 2)), atol=1e-6)
 
 
 def test_an_mlp_head_and_its_dropout_come_from_the_configuration(layer_norm_model):
@@ -267,7 +352,8 @@ def test_a_model_is_loaded_in_the_type_that_is_asked_for(layer_norm_model, pixel
     for labels in (None, ["a", "b", "c"]):
         loaded = ZoobotForImageClassification.from_pretrained(tmp_path, label_names=labels, dtype=torch.bfloat16)
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-        assert logits_of(loaded, pixel_values.bfloat16()).isfinite().all()
+        for images in (pixel_values, pixel_values.bfloat16()):  # the processor gives float32
+            assert logits_of(loaded, images).isfinite().all()
 
 
 def test_a_checkpoint_that_lacks_weights_is_an_error(layer_norm_model, tmp_path):
@@ -329,6 +415,8 @@ def finetuned_folder(layer_norm_model, tmp_path):
         {"num_labels": 2},
         {"num_labels": 2, "label_names": ["not ring", "ring"]},
         {"head_dropout": 0.1},
+        {"head_hidden_size": 8},  # a linear head has none
+        {"pooling": "pooler"},
     ],
 )
 def test_the_same_labels_keep_the_head(asked_for, finetuned_folder, layer_norm_model, caplog):
@@ -395,13 +483,53 @@ def test_what_is_said_of_the_new_head_is_kept(finetuned_folder):
     assert config.sky_prevalence == {"a": 0, "b": 0.5, "c": 0.5}
 
 
-@pytest.mark.parametrize("asked_for", [{"problem_type": "multi_label_classification"}, {"head_type": "mlp"}])
-def test_another_problem_or_head_type_replaces_the_head(asked_for, finetuned_folder, layer_norm_model):
+@pytest.mark.parametrize(
+    "asked_for", [{"problem_type": "multi_label_classification"}, {"head_type": "mlp"}, {"pooling": "mean"}]
+)
+def test_another_problem_head_type_or_pooling_replaces_the_head(asked_for, finetuned_folder, layer_norm_model):
     loaded = ZoobotForImageClassification.from_pretrained(finetuned_folder, **asked_for)
     assert moved(state_of(layer_norm_model.encoder), loaded.encoder) == set()
     assert not torch.equal(loaded.head[-1].weight[:, :1], layer_norm_model.head[-1].weight[:, :1])
     assert {getattr(loaded.config, name) for name in asked_for} == set(asked_for.values())
     assert loaded.config.label_names == ["not ring", "ring"]
+
+
+def test_a_configuration_that_leaves_the_pooling_open_keeps_the_head(vit_model, tmp_path):
+    encoder_config, labels = vit_model.config.encoder_config, {"id2label": {0: "a", 1: "b"}}
+    model = ZoobotForImageClassification(ZoobotConfig(encoder_config, pooling="first_token", **labels))
+    with_decided_head(model).save_pretrained(tmp_path)
+    loaded = ZoobotForImageClassification.from_pretrained(tmp_path, config=ZoobotConfig(encoder_config, **labels))
+    assert moved(state_of(model), loaded) == set()
+    assert loaded.config.pooling == "first_token"
+
+
+def test_another_width_replaces_a_head_with_a_hidden_layer(layer_norm_model, tmp_path):
+    config = ZoobotConfig(layer_norm_model.config.encoder_config, head_type="mlp", head_hidden_size=5)
+    ZoobotForImageClassification(config).save_pretrained(tmp_path)
+    assert ZoobotForImageClassification.from_pretrained(tmp_path, head_hidden_size=8).head[1].weight.shape == (8, 16)
+
+
+def test_another_pooling_has_a_length_of_its_own(tmp_path):
+    model = ZoobotForImageClassification(ZoobotConfig(TimmWrapperConfig(architecture="test_mambaout")))
+    model.save_pretrained(tmp_path)
+    for loaded in (ZoobotForImageClassification, ZoobotModel):
+        config = loaded.from_pretrained(tmp_path, pooling="mean").config
+        assert (model.config.embedding_size, config.embedding_size) == (256, 64)
+
+
+def test_a_new_head_stands_on_the_repository_that_it_was_loaded_from(finetuned_folder, layer_norm_model):
+    layer_norm_model.config.encoder_name = "astronomer/first-encoder"
+    layer_norm_model.save_pretrained(finetuned_folder)
+    load = ZoobotForImageClassification.from_pretrained
+    assert load(finetuned_folder).config.encoder_name == "astronomer/first-encoder"
+    assert load(finetuned_folder, label_names=["a", "b"]).config.encoder_name == "finetuned"
+    assert load(finetuned_folder, label_names=["a", "b"], encoder_name="mine").config.encoder_name == "mine"
+
+
+def test_a_new_head_is_where_the_encoder_is(finetuned_folder):
+    load, labels = ZoobotForImageClassification.from_pretrained, ["a", "b", "c"]
+    for placed in ({"label_names": labels, "device_map": {"": "meta"}}, {"device_map": {"": "meta"}}):
+        assert {parameter.device.type for parameter in load(finetuned_folder, **placed).parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("labels", [{0: "no bar", 1: "bar"}, {0: "a", 1: "b", 2: "c"}])

@@ -20,7 +20,7 @@ CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label
     "self",
     "kwargs",
 }
-HEAD_FIELDS = ("id2label", "problem_type", "head_type", "head_hidden_size")
+HEAD_FIELDS = ("id2label", "problem_type", "head_type", "pooling")
 # What is known of an old head's classes and training says nothing about a new head.
 FIELDS_OF_OLD_HEAD = {
     "class_weights": None,
@@ -112,19 +112,29 @@ class Checkpoint:
             # Training goes on from this repository's encoder, whatever that one started from.
             old = {**FIELDS_OF_OLD_HEAD, "encoder_name": self.repository}.items()
             settings |= {name: default for name, default in old if settings[name] == getattr(saved, name)}
-        if self.has_decision_tree and self._asks_for_other("id2label", "problem_type"):
+        settings["pooling"] = settings["pooling"] or saved.pooling
+        settings["embedding_size"] = None if self.asks_for_other_embeddings() else saved.embedding_size
+        has_old_tree = self.has_decision_tree and settings["decision_tree"] == saved.decision_tree
+        if has_old_tree and self._asks_for_other("id2label", "problem_type"):
             settings["decision_tree"] = None
             del settings["problem_type"]  # "votes" goes with the tree
         return ZoobotConfig.from_dict({**settings, **self.fields})
 
     def asks_for_new_head(self) -> bool:
         """Whether the head that was asked for is another than the saved one."""
-        return self._asks_for_other(*HEAD_FIELDS)
+        assert self.saved_config is not None
+        has_hidden_layer = self.saved_config.head_type == "mlp"
+        return self._asks_for_other(*HEAD_FIELDS) or (has_hidden_layer and self._asks_for_other("head_hidden_size"))
+
+    def asks_for_other_embeddings(self) -> bool:
+        """Whether the encoder is to be read in another way than the saved head was trained on."""
+        return self._asks_for_other("pooling")
 
     def _asks_for_other(self, *names: str) -> bool:
         # The Auto classes put changed labels into the configuration that they give, so the saved one decides.
-        given = self.given_config or self.saved_config
-        return any(self.fields.get(name, getattr(given, name)) != getattr(self.saved_config, name) for name in names)
+        given, saved = self.given_config or self.saved_config, self.saved_config
+        wanted = {name: self.fields.get(name, getattr(given, name)) for name in names}
+        return any(value not in (None, getattr(saved, name)) for name, value in wanted.items())
 
     def load_foreign_encoder(self) -> tuple[PreTrainedModel, ZoobotConfig]:
         """The encoder of what isn't a zoobot_hf repository, and the configuration of a model around it.
@@ -166,7 +176,8 @@ class Checkpoint:
             config: The new model's configuration.
 
         Raises:
-            ValueError: The old head has another number of outputs, or answers a decision tree and the new one doesn't.
+            ValueError: The old head has another number of outputs or reads other embeddings, or answers a decision
+                tree and the new one doesn't.
         """
         old = self.zoobot_model
         assert old is not None
@@ -174,6 +185,8 @@ class Checkpoint:
         if old.answers_a_tree != (tree is not None):
             kinds = ("ZoobotForImageClassification", "ZoobotForGalaxyZoo")
             raise ValueError(f"{self.name} is loaded with {kinds[old.answers_a_tree]}: its head is of that kind.")
+        if config.pooling != "pooler":
+            raise ValueError(f"pooling is {config.pooling!r}; the head of {self.name} takes 'pooler': leave it out.")
         if len(old.head_bias) != config.num_labels or config.head_type != "linear":
             names = f"{', '.join(config.label_names[:5])}{', ...' if config.num_labels > 5 else ''}"
             wanted = f"the decision tree {tree['name']!r}" if tree else "label_names"

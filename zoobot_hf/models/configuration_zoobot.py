@@ -25,8 +25,9 @@ class ZoobotConfig(PreTrainedConfig):
 
     Args:
         encoder_config: The encoder's own transformers configuration, whole, as an object or as its dictionary.
-        embedding_size: Length of the encoder's pooled output. Read off the encoder when absent.
-        pooling: How the embedding is read: "pooler" (the encoder's own pooled output), "first_token" or "mean".
+        embedding_size: Length of the embedding. Found by a dry run of the encoder when absent.
+        pooling: How the embedding is read: "pooler" (the encoder's own pooled output), "first_token" or "mean". When
+            absent, "pooler", or "mean" where a dry run of the encoder shows that it has no pooled output.
         head_type: "linear" (dropout and one linear layer) or "mlp" (one hidden layer).
         head_hidden_size: Width of the hidden layer of an "mlp" head.
         head_dropout: Share of the head's inputs that are dropped in training, 0-1. Zoobot 2.9.0 has 0.5.
@@ -70,7 +71,7 @@ class ZoobotConfig(PreTrainedConfig):
         encoder_config: PreTrainedConfig | dict[str, Any] | None = None,
         *,
         embedding_size: int | None = None,
-        pooling: str = "pooler",
+        pooling: str | None = None,
         head_type: str = "linear",
         head_hidden_size: int = 256,
         head_dropout: float = 0.5,
@@ -150,8 +151,10 @@ class ZoobotConfig(PreTrainedConfig):
         return output
 
     def _check(self) -> None:
-        choices_of = {"head_type": HEAD_TYPES, "pooling": POOLINGS, "problem_type": PROBLEM_TYPES}
+        choices_of = {"head_type": HEAD_TYPES, "problem_type": PROBLEM_TYPES}
         choices_of |= {"vote_loss_reduction": VOTE_LOSS_REDUCTIONS, "predictions_for": PREVALENCES}
+        if self.pooling is not None:
+            choices_of["pooling"] = POOLINGS
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")

@@ -46,12 +46,12 @@ class LoadedEncoder(NamedTuple):
 
     Attributes:
         model: The encoder with its weights.
-        pooling: "pooler" (its own pooled output), "first_token" or "mean".
+        pooling: "first_token" where the checkpoint lacks its pooler's weights, else None.
         left_out: Names of the checkpoint's tensors that the encoder doesn't have, an old classifier's for example.
     """
 
     model: PreTrainedModel
-    pooling: str
+    pooling: str | None
     left_out: list[str]
 
 
@@ -119,12 +119,12 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def load_encoder(folder: Path, *, dtype: torch.dtype | None = None) -> LoadedEncoder:
+def load_encoder(folder: Path, *, dtype: torch.dtype | str | None = None) -> LoadedEncoder:
     """A pretrained encoder from a local copy of a repository.
 
     Args:
         folder: A repository in timm's layout, or of any vision model that `AutoModel` loads; safetensors or .bin.
-        dtype: Type of the weights; float32 when absent.
+        dtype: Type of the weights, its name, or "auto" for the checkpoint's; float32 when absent.
 
     Raises:
         OSError: The folder holds no model.
@@ -138,7 +138,7 @@ def load_encoder(folder: Path, *, dtype: torch.dtype | None = None) -> LoadedEnc
     keywords["ignore_mismatched_sizes"] = True  # they are in the report, and refused below
     model, report = AutoModel.from_pretrained(str(folder), **keywords)
     missing = sorted(report["missing_keys"])
-    pooling = "pooler"
+    pooling = None
     if missing and all("pooler" in name for name in missing) and takes_pooling_argument(config):
         # A pooler that the checkpoint lacks would be random: read the first token instead, as ViT's classifiers do.
         model, report = AutoModel.from_pretrained(str(folder), add_pooling_layer=False, **keywords)
@@ -148,14 +148,14 @@ def load_encoder(folder: Path, *, dtype: torch.dtype | None = None) -> LoadedEnc
 
 
 def load_zoobot_encoder(
-    checkpoint: ZoobotCheckpoint, encoder_config: PreTrainedConfig | None, *, dtype: torch.dtype | None = None
+    checkpoint: ZoobotCheckpoint, encoder_config: PreTrainedConfig | None, *, dtype: torch.dtype | str | None = None
 ) -> LoadedEncoder:
     """The encoder of a finetuned Zoobot model.
 
     Args:
         checkpoint: What the model's file holds.
         encoder_config: The encoder's own configuration; read off the file when absent.
-        dtype: Type of the weights; float32 when absent.
+        dtype: As in `load_encoder`.
 
     Raises:
         ValueError: The file doesn't say which encoder it is, or its weights are another encoder's.
@@ -171,7 +171,9 @@ def load_zoobot_encoder(
         settings = {"architecture": checkpoint.architecture, "num_classes": 0, "pretrained_cfg": facts}
         model_arguments = {"model_args": checkpoint.settings.get("timm_kwargs")}
         encoder_config = _timm_configuration({**settings, **model_arguments}, shapes)
-    model = build_encoder(encoder_config, "pooler").to(dtype or torch.float32)
+    if isinstance(dtype, str):
+        dtype = checkpoint.head_weight.dtype if dtype == "auto" else getattr(torch, dtype)
+    model = build_encoder(encoder_config, None).to(dtype or torch.float32)
     prefix = "timm_model." if encoder_config.model_type == "timm_wrapper" else ""
     found = {f"{prefix}{name}": tensor for name, tensor in checkpoint.encoder.items()}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -179,7 +181,7 @@ def load_zoobot_encoder(
     report = {"missing_keys": wanted.keys() - found.keys(), "mismatched_keys": mismatched}
     check_that_weights_fit(report, checkpoint.name)
     model.load_state_dict({name: found[name] for name in wanted})
-    return LoadedEncoder(model.eval(), "pooler", sorted(found.keys() - wanted.keys()))
+    return LoadedEncoder(model.eval(), None, sorted(found.keys() - wanted.keys()))
 
 
 def check_that_weights_fit(report: dict[str, Any], name: str) -> None:
@@ -218,15 +220,16 @@ def _refuse_unfit(unfit: list[str], name: str) -> None:
         )
 
 
-def build_encoder(config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+def build_encoder(config: PreTrainedConfig, pooling: str | None) -> PreTrainedModel:
     """An encoder with new weights.
 
     Args:
         config: The encoder's own configuration.
-        pooling: As in `LoadedEncoder`.
+        pooling: As in `ZoobotConfig`.
     """
-    arguments = {"add_pooling_layer": False} if pooling != "pooler" and takes_pooling_argument(config) else {}
-    return AutoModel.from_config(config, **arguments)
+    reads_tokens = pooling not in (None, "pooler")
+    arguments = {"add_pooling_layer": False} if reads_tokens and takes_pooling_argument(config) else {}
+    return AutoModel.from_config(_without_masking(config), **arguments)
 
 
 def takes_pooling_argument(config: PreTrainedConfig) -> bool:
@@ -246,6 +249,12 @@ def _own_configuration(folder: Path) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     if type(config) not in MODEL_MAPPING:
         raise ValueError(f"{folder} holds a {config.model_type!r} model, which `AutoModel` can't load as an encoder.")
+    return _without_masking(config)
+
+
+def _without_masking(config: PreTrainedConfig) -> PreTrainedConfig:
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0  # else three quarters of the patches, chosen at random, are left out in each forward
     return config
 
 

@@ -89,7 +89,8 @@ class ZoobotForGalaxyZoo(ZoobotPreTrainedModel):
             model = cls._from_own_repository(source)
             logger.info("Loaded %s with its head for the decision tree %r.", source.name, model.tree_name)
             return model
-        old = cls._with_old_head(source) if source.has_decision_tree else None
+        keeps_answers = source.has_decision_tree and not source.asks_for_other_embeddings()
+        old = cls._with_old_head(source) if keeps_answers else None
         if old is not None:
             encoder, config = old.encoder, source.wanted_config()
         elif source.is_ours:
@@ -97,7 +98,7 @@ class ZoobotForGalaxyZoo(ZoobotPreTrainedModel):
         else:
             encoder, config = source.load_foreign_encoder()
         model = cls._around(encoder, config)
-        model.head = build_head(config).to(encoder.dtype).eval()
+        model.head = build_head(config).to(encoder.device, encoder.dtype).eval()
         if source.zoobot_model is not None:
             source.copy_zoobot_head(model.head, config)
         elif old is not None:

@@ -13,8 +13,15 @@ from transformers.modeling_outputs import ModelOutput
 
 from .checkpoint import Checkpoint
 from .configuration_zoobot import ZoobotConfig
-from .conversion import build_encoder, check_that_shapes_fit, check_that_weights_fit, read_weight_shapes
+from .conversion import (
+    DEFAULT_PIXELS,
+    build_encoder,
+    check_that_shapes_fit,
+    check_that_weights_fit,
+    read_weight_shapes,
+)
 from .heads import apply_unit_interval, build_head, calibrate_logits, head_loss
+from .image_processing_zoobot import LARGEST_SIZE
 
 try:
     from timm.models import group_parameters
@@ -102,7 +109,7 @@ class ZoobotPreTrainedModel(PreTrainedModel):
             ValueError: The encoder isn't built of blocks.
         """
         encoder = self.base_model.encoder
-        if encoder.config.model_type == "timm_wrapper":
+        if _is_timm(encoder):
             return _timm_blocks(encoder.timm_model)
         return _listed_blocks(encoder)
 
@@ -148,6 +155,7 @@ class ZoobotPreTrainedModel(PreTrainedModel):
     @classmethod
     def _around(cls, encoder: PreTrainedModel, config: ZoobotConfig) -> Self:
         """A model with this encoder in it; everything else is new."""
+        _find_embedding(encoder, config)
         with torch.device("meta"):
             model = cls(config)
         model.base_model.encoder = encoder
@@ -165,6 +173,7 @@ class ZoobotPreTrainedModel(PreTrainedModel):
         keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = super().from_pretrained(str(source.folder), **keywords)
         check_that_weights_fit(report, source.name)
+        _find_embedding(model.base_model.encoder, model.config)
         return cast(Self, model)
 
 
@@ -175,7 +184,7 @@ class ZoobotModel(ZoobotPreTrainedModel):
         config: The configuration, with `encoder_config`.
 
     Raises:
-        ValueError: The configuration has no encoder.
+        ValueError: The configuration has no encoder, or not all of what is needed to read its embedding.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012  transformers declares it so
@@ -185,7 +194,7 @@ class ZoobotModel(ZoobotPreTrainedModel):
         if config.encoder_config is None:
             raise ValueError("the configuration has no encoder_config; give the encoder's, or use from_pretrained.")
         self.encoder = build_encoder(config.encoder_config, config.pooling)
-        config.embedding_size = config.embedding_size or _embedding_size(self.encoder)
+        _find_embedding(self.encoder, config)
         self.post_init()
 
     @classmethod
@@ -211,15 +220,9 @@ class ZoobotModel(ZoobotPreTrainedModel):
         Args:
             pixel_values: From `ZoobotImageProcessor`: float, (batch, channels, height, width).
         """
-        output = self.encoder(pixel_values)
-        if self.config.pooling == "pooler":
-            # ConvNeXt and ResNet pool to (batch, size, 1, 1).
-            return ZoobotModelOutput(output.pooler_output.flatten(1))
-        if self.config.pooling == "first_token":
-            return ZoobotModelOutput(output.last_hidden_state[:, 0])
-        # Tokens are (batch, tokens, size), a convolutional encoder's pixels (batch, size, height, width).
-        tokens = output.last_hidden_state
-        return ZoobotModelOutput(tokens.mean(1) if tokens.ndim == 3 else tokens.mean((2, 3)))
+        # The processor gives float32, and only timm's encoders turn it into the type of their weights themselves.
+        output = self.encoder(pixel_values.to(self.encoder.dtype))
+        return ZoobotModelOutput(_pool(output, self.encoder, self.config.pooling))
 
 
 class ZoobotForImageClassification(ZoobotPreTrainedModel):
@@ -252,9 +255,9 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Self:
         """A finetuned model as it is, or a trained encoder with a new head; the log says which.
 
-        A zoobot_hf repository is taken as it is, unless another head is asked for: other labels, another problem or
-        head type. So is a `.ckpt` file of Zoobot's, or a repository that holds one, with as many labels as outputs.
-        Any other repository is an encoder and gets a new head.
+        A zoobot_hf repository is taken as it is, unless another head is asked for: other labels, another problem, head
+        type or pooling. So is a `.ckpt` file of Zoobot's, or a repository that holds one, with as many labels as
+        outputs. Any other repository is an encoder and gets a new head.
 
         Args:
             pretrained_model_name_or_path: A local folder or a Hub id.
@@ -278,7 +281,7 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
         else:
             encoder, config = source.load_foreign_encoder()
         model = cls._around(encoder, config)
-        model.head = build_head(config).to(encoder.dtype).eval()
+        model.head = build_head(config).to(encoder.device, encoder.dtype).eval()
         if source.zoobot_model is not None:
             source.copy_zoobot_head(model.head, config)
             return model
@@ -322,15 +325,67 @@ def _keep_frozen_parts_in_evaluation(module: nn.Module, batch_norm_too: bool) ->
     return kinds
 
 
-def _embedding_size(encoder: PreTrainedModel) -> int:
+def _pool(output: ModelOutput, encoder: PreTrainedModel, pooling: str) -> Tensor:
+    if pooling == "pooler":
+        # ConvNeXt and ResNet pool to (batch, size, 1, 1).
+        return output.pooler_output.flatten(1)
+    tokens = output.last_hidden_state
+    if pooling == "first_token":
+        return tokens[:, 0]
+    # Tokens are (batch, tokens, size), a convolutional encoder's pixels (batch, size, height, width).
+    if tokens.ndim == 3:
+        return tokens.mean(1)
+    return tokens.mean((1, 2) if _is_channels_last(encoder) else (2, 3))
+
+
+@torch.no_grad()  # in inference mode, what some encoders keep for later could not be trained with
+def _find_embedding(encoder: PreTrainedModel, config: ZoobotConfig) -> None:
+    """Puts `pooling` and `embedding_size`, where one is absent, into the configuration, by a dry run with one image.
+
+    Nothing is run on meta: what BEiT works out once, it keeps for all models of the process, and from positions on meta
+    each of them would read whatever lies in memory.
+    """
+    if (config.pooling and config.embedding_size) or encoder.device.type == "meta":
+        return
+    is_training = encoder.training
+    try:
+        image = torch.zeros(1, *_image_shape(encoder), dtype=encoder.dtype, device=encoder.device)
+        output = encoder.eval()(image)
+        if config.pooling is None and output.get("pooler_output") is None:
+            logger.info("The encoder has no pooled output: its embedding is the mean of its tokens or pixels.")
+            config.pooling = "mean"
+        config.pooling = config.pooling or "pooler"
+        _, config.embedding_size = _pool(output, encoder, config.pooling).shape
+    except Exception as error:  # an encoder raises whatever its layers do
+        raise ValueError(
+            f"a dry run of the {encoder.config.model_type!r} encoder gave no embedding with pooling "
+            f"{config.pooling!r}; give another (pooler, first_token or mean), or both pooling and embedding_size."
+        ) from error
+    encoder.train(is_training)
+
+
+def _is_timm(encoder: PreTrainedModel) -> bool:
+    return encoder.config.model_type == "timm_wrapper"
+
+
+def _is_channels_last(encoder: PreTrainedModel) -> bool:
+    """Whether the pixels are (batch, height, width, size), as those of timm's Swin are."""
+    return _is_timm(encoder) and getattr(encoder.timm_model, "output_fmt", None) == "NHWC"
+
+
+def _image_shape(encoder: PreTrainedModel) -> tuple[int, int, int]:
+    """Channels, height and width of the images that an encoder was made for."""
     config = encoder.config
-    if config.model_type == "timm_wrapper":
-        return int(encoder.timm_model.num_features)
-    if getattr(config, "hidden_sizes", None):
-        return int(config.hidden_sizes[-1])
-    if getattr(config, "hidden_size", None):
-        return int(config.hidden_size)
-    raise ValueError(f"the embedding size of a {config.model_type!r} encoder is not known; give embedding_size.")
+    if _is_timm(encoder):
+        arguments = config.model_args or {}
+        channels, *size = encoder.timm_model.pretrained_cfg.get("input_size", (3, DEFAULT_PIXELS, DEFAULT_PIXELS))
+        channels, size = arguments.get("in_chans", channels), arguments.get("img_size", size)
+    else:
+        channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", DEFAULT_PIXELS)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    if max(height, width) > LARGEST_SIZE:
+        raise ValueError(f"the encoder's images are {height} x {width} pixels; no more than {LARGEST_SIZE} are tried.")
+    return channels, height, width
 
 
 def _timm_blocks(timm_model: nn.Module) -> list[set[str]]:
