@@ -1,6 +1,7 @@
 import logging
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -414,6 +415,7 @@ def finetuned_folder(layer_norm_model, tmp_path):
         {"label2id": {"ring": 1, "not ring": 0}},
         {"num_labels": 2},
         {"num_labels": 2, "label_names": ["not ring", "ring"]},
+        {"label_names": np.array(["not ring", "ring"])},
         {"head_dropout": 0.1},
         {"head_hidden_size": 8},  # a linear head has none
         {"pooling": "pooler"},
@@ -434,9 +436,15 @@ def test_the_same_labels_keep_the_head(asked_for, finetuned_folder, layer_norm_m
     [
         ({"num_labels": 3, "label_names": ["bar", "no bar"]}, "num_labels is 3, and the labels are bar, no bar"),
         ({"label_names": ["bar", "no bar", "bar"]}, "the labels are bar, no bar, bar; give each of them once"),
+        ({"label_names": "ring"}, r"label_names is 'ring'; give a list of names, for example \['not ring', 'ring'\]"),
+        ({"label_names": []}, r"the labels are \[\]; give at least one, and each as text"),
+        ({"num_labels": 0}, r"the labels are \[\]; give at least one, and each as text"),
+        ({"label_names": [0, 1]}, r"the labels are \[0, 1\]; give at least one, and each as text"),
+        ({"label_names": np.unique([1, 0])}, r"the labels are \[.*0.*1.*\]; give at least one, and each as text"),
+        ({"id2label": {0: 0, 1: 1}}, r"the labels are \[0, 1\]; give at least one, and each as text"),
     ],
 )
-def test_labels_that_contradict_themselves_are_refused(asked_for, message, finetuned_folder):
+def test_labels_that_cannot_be_are_refused(asked_for, message, finetuned_folder):
     with pytest.raises(ValueError, match=message):
         ZoobotForImageClassification.from_pretrained(finetuned_folder, **asked_for)
 
@@ -447,6 +455,7 @@ def test_labels_that_contradict_themselves_are_refused(asked_for, message, finet
         ({"label_names": ["bar", "no bar", "edge-on"]}, ["bar", "no bar", "edge-on"]),
         ({"label_names": ["no bar", "bar"]}, ["no bar", "bar"]),
         ({"label_names": ["ring", "not ring"]}, ["ring", "not ring"]),
+        ({"label_names": np.unique(["no bar", "bar"])}, ["bar", "no bar"]),
         ({"id2label": {"0": "no bar", "1": "bar"}}, ["no bar", "bar"]),
         ({"num_labels": 4}, ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]),
         ({"num_labels": 3, "id2label": {0: "bar", 1: "no bar", 2: "edge-on"}}, ["bar", "no bar", "edge-on"]),
@@ -459,6 +468,7 @@ def test_other_labels_replace_the_head(asked_for, names, finetuned_folder, layer
     assert moved(state_of(layer_norm_model.encoder), loaded.encoder) == set()
     assert not torch.equal(loaded.head[1].weight[:2], layer_norm_model.head[1].weight)
     assert loaded.config.label_names == names
+    assert {type(name) for name in loaded.config.label_names} == {str}
     assert loaded.config.label2id == {name: index for index, name in enumerate(names)}
     assert logits_of(loaded, pixel_values).shape == (6, len(names))
     assert caplog.messages == [

@@ -73,6 +73,8 @@ class Checkpoint:
         hub_arguments = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
         config = arguments.pop("config", None)
         names, count = arguments.pop("label_names", None), arguments.pop("num_labels", None)
+        if isinstance(names, str):
+            raise ValueError(f"label_names is {names!r}; give a list of names, for example ['not ring', 'ring'].")
         if names is not None:
             arguments["id2label"] = dict(enumerate(names))
         fields = {name: arguments.pop(name) for name in CONFIG_FIELDS if name in arguments}
@@ -203,15 +205,21 @@ class Checkpoint:
 
 def _labels_of(fields: dict[str, Any]) -> dict[str, Any]:
     """The labels by number and the other way round, from whichever was given."""
-    if fields.get("id2label"):
+    if fields.get("id2label") is not None:
         names = {int(number): name for number, name in fields["id2label"].items()}
-    elif fields.get("label2id"):
+    elif fields.get("label2id") is not None:
         names = {int(number): name for name, number in fields["label2id"].items()}
     else:
         return {}
+    if not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"the labels are {list(names.values())}; give at least one, and each as text.")
     if len(set(names.values())) < len(names):
         raise ValueError(f"the labels are {', '.join(names.values())}; give each of them once.")
-    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    # Of NumPy's text only the text is kept.
+    return {
+        "id2label": {number: str(name) for number, name in names.items()},
+        "label2id": {str(name): number for number, name in names.items()},
+    }
 
 
 def _numbered_labels(count: int | None, fields: dict[str, Any], saved: ZoobotConfig | None) -> dict[str, Any]:
