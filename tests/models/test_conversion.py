@@ -643,18 +643,64 @@ def test_what_the_encoder_states_is_applied_when_asked(timm_folder, caplog):
 @pytest.fixture
 def transformers_folder(layer_norm_model, tmp_path):
     ConvNextModel(layer_norm_model.config.encoder_config).save_pretrained(tmp_path / "convnext")
-    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": {"shortest_edge": 32}}
-    BitImageProcessor(**settings).save_pretrained(tmp_path / "convnext")
+    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    sizes = {"size": {"shortest_edge": 48}, "crop_size": {"height": 40, "width": 40}}  # and 32 in its configuration
+    BitImageProcessor(**settings, **sizes).save_pretrained(tmp_path / "convnext")
     return tmp_path / "convnext"
+
+
+def change(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 @pytest.mark.parametrize("normalization", ["auto", "encoder"])
 def test_what_a_transformers_repository_states_is_applied(normalization, transformers_folder, caplog):
     processor = image_processor_for(transformers_folder, normalization=normalization)
-    assert processor.pixels == 32
+    assert processor.pixels == 40
     assert (processor.image_mean, processor.image_std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert processor.do_normalize
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("stated", "image_size", "pixels"),
+    [
+        ({}, 32, 40),
+        ({"crop_size": 36}, 32, 36),
+        ({"do_center_crop": False}, 32, 48),
+        ({"crop_size": None, "size": {"height": 44, "width": 44}}, 32, 44),
+        ({"crop_size": None, "size": 44}, 32, 44),
+        ({"crop_size": None, "size": None}, 32, 32),
+        ({"crop_size": None, "size": None}, [28, 28], 28),
+        ({"crop_size": None, "size": {"height": 44, "width": 40}}, [28, 24], 224),
+    ],
+)
+def test_the_size_is_what_the_repositorys_own_processor_gives(stated, image_size, pixels, transformers_folder):
+    change(transformers_folder / "preprocessor_config.json", **stated)
+    change(transformers_folder / "config.json", image_size=image_size)
+    assert image_processor_for(transformers_folder).pixels == pixels
+
+
+@pytest.mark.parametrize(
+    ("stated", "named"),
+    [
+        ({"rescale_factor": 1 / 127.5, "rescale_offset": True}, "rescale_factor 0.00784.*, rescale_offset True"),
+        ({"do_rescale": False}, "do_rescale False"),
+        ({"do_flip_channel_order": True}, "do_flip_channel_order True"),
+    ],
+)
+def test_values_that_our_processor_does_not_give_are_refused(stated, named, transformers_folder):
+    change(transformers_folder / "preprocessor_config.json", **stated)
+    for normalization in ("auto", "encoder"):
+        with pytest.raises(ValueError, match=rf"of .*convnext has {named}, and ZoobotImageProcessor gives RGB in 0-1"):
+            image_processor_for(transformers_folder, normalization=normalization)
+    assert image_processor_for(transformers_folder, normalization="none").rescale_factor == 1 / 255
+
+
+@pytest.mark.parametrize("factor", [1 / 255, 0.003921568859368563, None])
+def test_a_factor_of_1_over_255_is_ours_in_any_precision(factor, transformers_folder):
+    change(transformers_folder / "preprocessor_config.json", rescale_factor=factor, rescale_offset=False)
+    assert image_processor_for(transformers_folder).rescale_factor == 1 / 255
 
 
 def test_a_transformers_repositorys_normalisation_can_be_left_out(transformers_folder):
@@ -662,14 +708,14 @@ def test_a_transformers_repositorys_normalisation_can_be_left_out(transformers_f
 
 
 def test_a_repository_that_does_not_normalise_is_taken_at_its_word(transformers_folder):
-    path = transformers_folder / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_normalize": False}))
+    change(transformers_folder / "preprocessor_config.json", do_normalize=False)
     assert not image_processor_for(transformers_folder).do_normalize
 
 
 def test_a_normalisation_that_is_not_stated_cannot_be_applied(transformers_folder):
     (transformers_folder / "preprocessor_config.json").unlink()
     assert not image_processor_for(transformers_folder).do_normalize
+    assert image_processor_for(transformers_folder).pixels == 32
     with pytest.raises(ValueError, match="states no mean and standard deviation; choose normalization none"):
         image_processor_for(transformers_folder, normalization="encoder")
 

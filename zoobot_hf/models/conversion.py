@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import math
 import pickle
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 NORMALIZATIONS = ("auto", "none", "encoder")
 DEFAULT_PIXELS = 224
+# What a preprocessor_config.json of transformers can say and ZoobotImageProcessor does in one way only.
+OUR_SCALING = {"do_rescale": True, "rescale_factor": 1 / 255, "rescale_offset": False, "do_flip_channel_order": False}
 # A small ResNet, trained from scratch on drawn galaxies; its card: model_cards/drawn-galaxies.
 EMBEDDED_ENCODER = str(Path(__file__).parent / "drawn-galaxies")
 # Zoobot 2.9.0 trains at zooms of 1.2 to 1.4. On 470 real rings, logistic regression on an ImageNet encoder's embeddings
@@ -321,9 +324,9 @@ def image_processor_for(
     """The image processor for an encoder or a finetuned model.
 
     A zoobot_hf repository's own processor is taken as it is. For any other encoder the size comes from its
-    configuration, the number of channels from its weights, and the normalisation only from a statement that can be
+    preprocessor_config.json, or else its configuration, and the normalisation only from a statement that can be
     trusted: the mean and standard deviation in timm's layout are left over from ImageNet in all of Zoobot's encoders,
-    which take RGB in 0-1.
+    which take RGB in 0-1. In timm's layout the number of channels comes from the weights.
 
     Args:
         name_or_path: A local folder or a Hub id.
@@ -334,7 +337,8 @@ def image_processor_for(
 
     Raises:
         OSError: No such folder or repository, or no network.
-        ValueError: Another normalization, or one that the repository doesn't state.
+        ValueError: Another normalization, one that the repository doesn't state, or pixel values that aren't RGB in 0-1
+            before it.
     """
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization is {normalization!r}; choose one of {', '.join(NORMALIZATIONS)}.")
@@ -350,6 +354,11 @@ def image_processor_for(
         changes = {} if zoom is None else {"zoom": zoom}
         return ZoobotImageProcessor.from_pretrained(str(folder), **changes)
     stated = _stated_processing(folder, settings)
+    if normalization != "none" and stated.unlike_ours:
+        raise ValueError(
+            f"the preprocessor_config.json of {name} has {', '.join(stated.unlike_ours)}, and ZoobotImageProcessor "
+            "gives RGB in 0-1; choose normalization none for an encoder that takes that."
+        )
     if normalization == "encoder" and not stated.normalization:
         raise ValueError(f"{name} states no mean and standard deviation; choose normalization none.")
     in_timm_layout = _has_timm_layout(settings)
@@ -376,21 +385,40 @@ class _StatedProcessing(NamedTuple):
     pixels: int
     channels: int
     normalization: dict[str, list[float]]
+    unlike_ours: list[str]
 
 
 def _stated_processing(folder: Path, settings: dict[str, Any]) -> _StatedProcessing:
     """Size, channels and normalisation as the repository has them."""
     path = folder / "preprocessor_config.json"
-    if _has_timm_layout(settings) or not path.is_file():
+    if _has_timm_layout(settings):
         facts = settings.get("pretrained_cfg") or {}
         input_size = facts.get("input_size") or [3, DEFAULT_PIXELS, DEFAULT_PIXELS]
-        channels, pixels = _input_channels(read_weight_shapes(folder)) or input_size[0], input_size[-1]
-        mean, std = facts.get("mean"), facts.get("std")
+        channels, sizes = _input_channels(read_weight_shapes(folder)) or input_size[0], [input_size[1:]]
+        mean, std, unlike_ours = facts.get("mean"), facts.get("std"), []
     else:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        channels, pixels = settings.get("num_channels", 3), settings.get("image_size", DEFAULT_PIXELS)
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        cropped = facts.get("crop_size") if facts.get("do_center_crop") else None
+        channels, sizes = settings.get("num_channels", 3), [cropped, facts.get("size"), settings.get("image_size")]
         mean, std = facts.get("image_mean"), facts.get("image_std")
         if not facts.get("do_normalize", True):
             mean = std = None
+        unlike_ours = _other_scaling(facts)
     normalization = {"image_mean": list(mean), "image_std": list(std)} if mean and std else {}
-    return _StatedProcessing(pixels if isinstance(pixels, int) else DEFAULT_PIXELS, channels, normalization)
+    pixels = next(filter(None, map(_side, sizes)), DEFAULT_PIXELS)
+    return _StatedProcessing(pixels, channels, normalization, unlike_ours)
+
+
+def _other_scaling(facts: dict[str, Any]) -> list[str]:
+    stated = {name: facts[name] for name in OUR_SCALING if facts.get(name) is not None}
+    equal = {name: math.isclose(fact, OUR_SCALING[name], rel_tol=1e-6) for name, fact in stated.items()}
+    return [f"{name} {fact}" for name, fact in stated.items() if not equal[name]]
+
+
+def _side(size: Any) -> int | None:
+    """Height and width that a size in any of transformers' spellings stands for; None where it isn't square."""
+    if isinstance(size, dict):
+        size = [size[name] for name in ("height", "width", "shortest_edge") if name in size]
+    sides = set(size) if isinstance(size, (list, tuple)) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    return side if isinstance(side, int) else None
