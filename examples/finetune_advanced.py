@@ -15,18 +15,16 @@ from datasets import DatasetDict
 from transformers import HfArgumentParser, set_seed
 
 from zoobot_hf import (
+    EMBEDDED_ENCODER,
     FrozenStageArguments,
     UnfrozenStageArguments,
     ZoobotForImageClassification,
-    ZoobotImageProcessor,
     finetune,
     image_processor_for,
     keep_featured_face_on,
     load_rings,
     load_rings_by_votes,
     push_folder,
-    small_encoder_config,
-    unfrozen_arguments_from_scratch,
 )
 from zoobot_hf.data.rings import FACE_ON_COLUMN, FEATURED_COLUMN
 
@@ -36,7 +34,7 @@ class Options:
     """What the command line takes."""
 
     output_dir: str = field(metadata={"help": "Where model, card, table and figures go."})
-    encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id; a small untrained one if absent."})
+    encoder: str = field(default=EMBEDDED_ENCODER, metadata={"help": "Folder or Hub id; the package's own if absent."})
     dataset: str = field(default="simulated", metadata={"help": "Folder with a catalog, Hub id, or 'simulated'."})
     labels: Literal["column", "cut", "votes"] = field(
         default="column",
@@ -72,31 +70,23 @@ def load(options: Options) -> tuple[DatasetDict, dict[str, int]]:
 
 def main() -> None:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("zoobot_hf").setLevel(logging.INFO)
     set_seed(options.seed)
     rings, cuts = load(options)
     labels = rings["train"].features["label"].names
-    if options.encoder:
-        model = ZoobotForImageClassification.from_pretrained(options.encoder, label_names=labels)
-        processor = image_processor_for(options.encoder)
-        unfrozen = UnfrozenStageArguments(
+    finetuned = finetune(
+        ZoobotForImageClassification.from_pretrained(options.encoder, label_names=labels),
+        image_processor_for(options.encoder),
+        rings,
+        options.output_dir,
+        frozen=FrozenStageArguments(num_train_epochs=options.frozen_epochs, seed=options.seed),
+        unfrozen=UnfrozenStageArguments(
             num_train_epochs=options.unfrozen_epochs,
             last_blocks=options.last_blocks,
             layer_decay=options.layer_decay,
             seed=options.seed,
-        )
-    else:
-        model = ZoobotForImageClassification(small_encoder_config(labels))
-        processor = ZoobotImageProcessor(96, zoom=1.4)
-        unfrozen = unfrozen_arguments_from_scratch(num_train_epochs=options.unfrozen_epochs, seed=options.seed)
-
-    finetuned = finetune(
-        model,
-        processor,
-        rings,
-        options.output_dir,
-        frozen=FrozenStageArguments(num_train_epochs=options.frozen_epochs, seed=options.seed),
-        unfrozen=unfrozen,
+        ),
         balance=options.balance,
         resume=options.resume,
         dataset_name=options.dataset,

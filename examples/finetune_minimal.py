@@ -12,14 +12,13 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, set_seed
 
 from zoobot_hf import (
+    EMBEDDED_ENCODER,
     FrozenStageArguments,
     ZoobotForImageClassification,
-    ZoobotImageProcessor,
     finetune,
     image_processor_for,
     load_rings,
     push_folder,
-    small_encoder_config,
 )
 
 
@@ -28,7 +27,7 @@ class Options:
     """What the command line takes."""
 
     output_dir: str = field(metadata={"help": "Where model, card, table and figures go."})
-    encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id; a small untrained one if absent."})
+    encoder: str = field(default=EMBEDDED_ENCODER, metadata={"help": "Folder or Hub id; the package's own if absent."})
     dataset: str = field(default="simulated", metadata={"help": "Folder with a catalog, Hub id, or 'simulated'."})
     epochs: float = field(default=20, metadata={"help": "Most passes over the training galaxies."})
     seed: int = field(default=42, metadata={"help": "Decides splits, new weights and augmentation."})
@@ -37,23 +36,19 @@ class Options:
 
 def main() -> None:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("zoobot_hf").setLevel(logging.INFO)
     set_seed(options.seed)
     rings = load_rings(options.dataset, seed=options.seed)
     labels = rings["train"].features["label"].names
 
     # 1. Load the trained encoder and replace the head.
-    if options.encoder:
-        model = ZoobotForImageClassification.from_pretrained(options.encoder, label_names=labels)
-        processor = image_processor_for(options.encoder)
-    else:
-        model = ZoobotForImageClassification(small_encoder_config(labels))
-        processor = ZoobotImageProcessor(96, zoom=1.4)
+    model = ZoobotForImageClassification.from_pretrained(options.encoder, label_names=labels)
 
     # 2. Train only the new head; the encoder stays frozen.
     finetuned = finetune(
         model,
-        processor,
+        image_processor_for(options.encoder),
         rings,
         options.output_dir,
         frozen=FrozenStageArguments(num_train_epochs=options.epochs, seed=options.seed),

@@ -117,7 +117,8 @@ def choose_encoder(options: Options) -> PreTrainedConfig:
 
 def main() -> None:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("zoobot_hf").setLevel(logging.INFO)
     start = time.monotonic()
     tree = choose_tree(options.surveys)
     with PartialState().main_process_first():

@@ -56,6 +56,16 @@ def test_the_advanced_example_runs_both_stages(launcher, galaxy_folder, encoder_
     assert pd.read_parquet(tmp_path / "out" / "predictions.parquet")["id_str"].is_unique
 
 
+def test_the_log_of_an_example_is_zoobot_hfs_alone(galaxy_folder, tmp_path):
+    options = [str(EXAMPLES / "finetune_minimal.py"), "--dataset", str(galaxy_folder), "--epochs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*ALONE, *options, "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "The frozen stage is kept" in done.stderr
+    assert "glyf" not in done.stderr
+
+
 @pytest.mark.slow
 def test_the_minimal_example_runs_on_two_processes(galaxy_folder, encoder_folder, tmp_path):
     options = ["--dataset", galaxy_folder, "--encoder", encoder_folder, "--output_dir", tmp_path / "out"]

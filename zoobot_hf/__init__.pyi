@@ -45,6 +45,7 @@ from .evaluation.vote_tables import advanced_table as advanced_table
 from .evaluation.vote_tables import friendly_table as friendly_table
 from .models.configuration_zoobot import ZoobotConfig as ZoobotConfig
 from .models.configuration_zoobot import small_encoder_config as small_encoder_config
+from .models.conversion import EMBEDDED_ENCODER as EMBEDDED_ENCODER
 from .models.conversion import image_processor_for as image_processor_for
 from .models.export import export_to_onnx as export_to_onnx
 from .models.export import export_to_transformers as export_to_transformers
