@@ -1,10 +1,14 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy.special import softmax
 from sklearn.metrics import log_loss, roc_auc_score
 
-from zoobot_hf import ZoobotConfig
+from zoobot_hf import ZoobotConfig, choose_threshold
+from zoobot_hf.evaluation import judgement as judgement_module
 from zoobot_hf.evaluation.judgement import judge, judge_out_of_fold, prevalence_of
+from zoobot_hf.evaluation.scores import score_probabilities
 
 TWO = {0: "not ring", 1: "ring"}
 
@@ -19,6 +23,11 @@ def draw(count, *, share=0.3, overconfidence=2.5, seed=0):
     labels = (generator.random(count) < share).astype(int)
     odds = 2 * labels - 1 + generator.normal(0, 1, count)  # of two normal distributions the log odds are 2 x
     return np.stack([np.zeros(count), overconfidence * 2 * odds], axis=1), labels
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(judgement_module, "score_probabilities", partial(score_probabilities, draws=20))
 
 
 @pytest.fixture
@@ -89,17 +98,29 @@ def test_scores_are_for_the_galaxies_as_they_are_and_for_the_sky(balanced):
     assert sky.prevalence == {"not ring": 0.95, "ring": 0.05}
 
 
-def test_the_threshold_is_chosen_for_the_sky_on_validation_and_measured_on_test(balanced):
-    judgement = judged(balanced, aim="completeness", at_least=0.8)
+@pytest.mark.parametrize(
+    ("aim", "at_least", "words"),
+    [
+        ("completeness", 0.8, "completeness of at least 0.8"),
+        ("purity", 0.4, "purity of at least 0.4"),
+        ("f1", None, "best F1"),
+    ],
+)
+def test_the_threshold_is_chosen_for_the_sky_on_validation_and_measured_on_test(balanced, aim, at_least, words):
+    judgement = judged(balanced, aim=aim, at_least=at_least)
     selection = judgement.selections["ring"]
-    assert selection.aim == judgement.fields["decision_aim"] == "completeness of at least 0.8"
+    assert selection.aim == judgement.fields["decision_aim"] == words
     assert judgement.fields["decision_threshold"] == {"ring": selection.threshold}
+    logits, labels = draw(4000, seed=1)
+    given = softmax(logits / judgement.fields["calibration_temperature"] + np.log([0.95, 0.05]), axis=1)[:, 1]
+    chosen = choose_threshold(given, labels, aim=aim, at_least=at_least, prevalence=0.05)
+    assert selection.threshold == pytest.approx(chosen.threshold, rel=1e-4)
     _, labels = draw(4000, seed=2)
     selected = judgement.probabilities[:, 1] >= selection.threshold
     assert selection.completeness.value == pytest.approx(selected[labels == 1].mean())
     rings, others = 0.05 * selected[labels == 1].mean(), 0.95 * selected[labels == 0].mean()
     assert selection.purity.value == pytest.approx(rings / (rings + others))
-    assert selection.completeness.value == pytest.approx(0.8, abs=0.04)
+    assert selection.completeness.value == pytest.approx(chosen.completeness.value, abs=0.06)
 
 
 def test_an_aim_that_cannot_be_met_is_a_remark(balanced):
