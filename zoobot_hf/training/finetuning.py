@@ -156,14 +156,7 @@ def finetune(
 
     second = None if skip_unfrozen else unfrozen
     stages = run_stages(model, processor, dataset, work_dir, frozen=frozen, unfrozen=second)
-    kept = best_stage(stages)
-    model.load_weights(work_dir / kept.name / BEST_FOLDER)
-    model.eval()
-    logger.info(
-        "The %s stage is kept; validation losses: %s.",
-        kept.name,
-        ", ".join(f"{stage.name} {stage.validation_loss:.4f}" for stage in stages),
-    )
+    kept = _keep_best(model, stages, work_dir)
     aim, at_least = decision_aim or "f1", decision_at_least
     if out_of_fold is None:
         judgements = _judge(model, stages, dataset, aim=aim, at_least=at_least)
@@ -195,6 +188,15 @@ def finetune(
     if out_of_fold is not None:
         return Finetuned(model, stages, kept.name, output_dir, {}, judgements, metrics[kept.name])
     return Finetuned(model, stages, kept.name, output_dir, metrics, judgements)
+
+
+def _keep_best(model: ModelWithHead, stages: list[StageResult], work_dir: Path) -> StageResult:
+    kept = best_stage(stages)
+    model.load_weights(work_dir / kept.name / BEST_FOLDER)
+    model.eval()
+    losses = ", ".join(f"{stage.name} {stage.validation_loss:.4f}" for stage in stages)
+    logger.info("The %s stage is kept; validation losses: %s.", kept.name, losses)
+    return kept
 
 
 def _judge(
@@ -253,7 +255,7 @@ def _take_calibration(model: ModelWithHead, judgement: Judgement) -> None:
         logger.info(
             "Calibrated on %d validation galaxies: temperature %s, log loss %.4f before and %.4f after.",
             judgement.calibration.galaxies,
-            model.config.calibration_temperature,
+            np.round(model.config.calibration_temperature, 3),
             judgement.calibration.log_loss_before,
             judgement.calibration.log_loss_after,
         )
