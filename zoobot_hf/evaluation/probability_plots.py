@@ -159,14 +159,11 @@ def plot_roc_and_precision_recall(
     weights = class_weights_for(truth, None if prevalence is None else [1 - prevalence, prevalence])
     curve = selection_curve(probability, has_label, weights=weights)
     share = float(truth.mean() if prevalence is None else prevalence)
-    completeness = np.append(0.0, curve.completeness)
-    rate = np.append(0.0, curve.false_positive_rate)
-    area = np.diff(rate) @ (completeness[1:] + completeness[:-1]) / 2
-    average = np.diff(completeness) @ curve.purity
+    completeness, rate = np.append(0.0, curve.completeness), np.append(0.0, curve.false_positive_rate)
     figure = Figure(figsize=(COLUMN_WIDTH, 5.2), layout="constrained")
     upper, lower = figure.subplots(2, 1)
     upper.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="Guessing")
-    upper.plot(rate, completeness, color="black", linewidth=1.1, label=f"Area {area:.3f}")
+    upper.plot(rate, completeness, color="black", linewidth=1.1, label=f"Area {curve.roc_auc:.3f}")
     upper.set_xlabel("False positive rate", fontsize=FONT_SIZE)
     upper.set_ylabel("Completeness", fontsize=FONT_SIZE)
     lower.axhline(share, color="0.6", linewidth=0.8, linestyle="--", label=f"Guessing: {share:.3g}")
@@ -176,7 +173,7 @@ def plot_roc_and_precision_recall(
         where="pre",
         color="black",
         linewidth=1.1,
-        label=f"Average precision {average:.3f}",
+        label=f"Average precision {curve.average_precision:.3f}",
     )
     lower.set_xlabel("Completeness", fontsize=FONT_SIZE)
     whose = "of these galaxies" if prevalence is None else "in the sky"

@@ -211,11 +211,10 @@ class _Label:
     def _scores(self, weights: Floats, purity: float, completeness: float) -> dict[str, float]:
         curve = selection_curve(self.probability, self.has_label, weights=weights)
         pure, complete = curve.purity >= purity - 1e-12, curve.completeness >= completeness - 1e-12
-        from_zero = np.append(0.0, curve.completeness)
         of_label = np.where(self.has_label, self.probability, 1 - self.probability)
         return {
-            "roc_auc": float(np.diff(curve.false_positive_rate, prepend=0.0) @ (from_zero[1:] + from_zero[:-1]) / 2),
-            "average_precision": float(np.diff(from_zero) @ curve.purity),
+            "roc_auc": curve.roc_auc,
+            "average_precision": curve.average_precision,
             "log_loss": float(-np.average(np.log(np.clip(of_label, SMALLEST_PROBABILITY, 1)), weights=weights)),
             CALIBRATION_ERROR: expected_calibration_error(self.probability, self.has_label, weights=weights),
             "brier_score": float(np.average((self.probability - self.has_label) ** 2, weights=weights)),

@@ -79,6 +79,17 @@ class SelectionCurve(NamedTuple):
         total = self.completeness + self.purity
         return np.asarray(2 * self.completeness * self.purity / np.where(total > 0, total, 1))
 
+    @property
+    def roc_auc(self) -> float:
+        """The area under completeness against the false positive rate, 0-1; 0.5 is guessing."""
+        from_zero = np.append(0.0, self.completeness)
+        return float(np.diff(self.false_positive_rate, prepend=0.0) @ (from_zero[1:] + from_zero[:-1]) / 2)
+
+    @property
+    def average_precision(self) -> float:
+        """The area under purity against completeness, 0-1; guessing has the prevalence."""
+        return float(np.diff(self.completeness, prepend=0.0) @ self.purity)
+
 
 def selection_curve(
     probability: npt.ArrayLike, has_label: npt.ArrayLike, *, weights: npt.ArrayLike | None = None
