@@ -59,11 +59,11 @@ from .models.votes import tree_layout as tree_layout
 from .models.votes import vote_fraction_intervals as vote_fraction_intervals
 from .prediction.embeddings import embed_survey as embed_survey
 from .prediction.embeddings import predict_embeddings as predict_embeddings
+from .prediction.galaxies import Predictions as Predictions
+from .prediction.galaxies import predict_galaxies as predict_galaxies
 from .prediction.merge import merge_predictions as merge_predictions
-from .prediction.survey import Predictions as Predictions
-from .prediction.survey import Survey as Survey
-from .prediction.survey import SurveyError as SurveyError
-from .prediction.survey import predict_galaxies as predict_galaxies
+from .prediction.runs import Survey as Survey
+from .prediction.runs import SurveyError as SurveyError
 from .prediction.survey import predict_survey as predict_survey
 from .publishing.hub import HubPushError as HubPushError
 from .publishing.hub import check_push as check_push

@@ -12,7 +12,8 @@ from zoobot_hf.prediction import embeddings, runs
 from zoobot_hf.prediction.components import read_components
 from zoobot_hf.prediction.embeddings import embed_survey, hash_encoder, predict_embeddings
 from zoobot_hf.prediction.merge import merge_predictions
-from zoobot_hf.prediction.survey import SurveyError, predict_survey
+from zoobot_hf.prediction.runs import SurveyError
+from zoobot_hf.prediction.survey import predict_survey
 
 SIZES = {"shard_size": 6, "batch_size": 4}
 

@@ -10,7 +10,8 @@ from astropy.table import Table
 
 from zoobot_hf.data.catalog import CatalogError
 from zoobot_hf.prediction.merge import merge_predictions
-from zoobot_hf.prediction.survey import SurveyError, predict_survey
+from zoobot_hf.prediction.runs import SurveyError
+from zoobot_hf.prediction.survey import predict_survey
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from zoobot_hf.data.catalog import CatalogError
 from zoobot_hf.data.images import open_image
 from zoobot_hf.prediction import galaxies, runs, shards
 from zoobot_hf.prediction.embeddings import embed_survey
-from zoobot_hf.prediction.survey import SurveyError, predict_survey
+from zoobot_hf.prediction.runs import SurveyError
+from zoobot_hf.prediction.survey import predict_survey
 
 SIZES = {"shard_size": 6, "batch_size": 4}
 

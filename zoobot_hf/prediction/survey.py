@@ -21,10 +21,8 @@ from zoobot_hf.training.machine import prepare_processes, uses_bf16
 from .galaxies import (
     Classifier,
     Galaxy,
-    Predictions,
     check_prevalence,
     inference_runner,
-    predict_galaxies,
     read_outputs,
     table_of,
 )
@@ -32,7 +30,6 @@ from .pieces import Source, check_catalog, find_source, name_of, read_pieces
 from .runs import (
     GALAXIES_IN_A_SHARD,
     Survey,
-    SurveyError,
     WorkOnImages,
     describe_run,
     finish_run,
@@ -40,8 +37,6 @@ from .runs import (
     run_shards,
     start_run,
 )
-
-__all__ = ["Predictions", "Survey", "SurveyError", "predict_galaxies", "predict_survey"]
 
 
 def predict_survey(
