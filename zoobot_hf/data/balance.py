@@ -20,37 +20,33 @@ class BalancedSplit(NamedTuple):
     training_prevalence: dict[str, float]
 
 
-def measure_prevalence(split: datasets.Dataset, *, label_column: str = "label") -> dict[str, float]:
+def measure_prevalence(split: datasets.Dataset) -> dict[str, float]:
     """The share of each class in a split.
 
     Args:
-        split: One split, with a `ClassLabel` column.
-        label_column: The name of that column.
+        split: One split, whose `label` is a `ClassLabel`.
 
     Returns:
         A share between 0 and 1 for each class name, in the order of the class numbers; they sum to 1. A class that is
         not in the split has the share 0.
 
     Raises:
-        ValueError: The split is a DatasetDict or has no rows, or the column is no `ClassLabel`.
+        ValueError: The split is a DatasetDict or has no rows, or its `label` is no `ClassLabel`.
     """
-    counts = _count_classes(split, label_column=label_column)
-    names = split.features[label_column].names
+    counts = _count_classes(split)
+    names = split.features["label"].names
     return {name: float(count / counts.sum()) for name, count in zip(names, counts, strict=True)}
 
 
-def balance_classes(
-    split: datasets.Dataset, *, seed: int, strategy: Strategy, label_column: str = "label"
-) -> BalancedSplit:
+def balance_classes(split: datasets.Dataset, *, seed: int, strategy: Strategy) -> BalancedSplit:
     """A training split with as many rows of each class, shuffled.
 
     Args:
-        split: The training split. Validation and test splits stay as the sky has them.
+        split: The training split, whose `label` is a `ClassLabel`. Validation and test splits stay as the sky has them.
         seed: Decides which rows are taken and in what order.
         strategy: "oversample" repeats the rows of the smaller classes until they are as many as those of the largest:
             each row the same number of times, give or take one. "undersample" keeps as many rows of each class as the
             smallest has.
-        label_column: A `ClassLabel` column.
 
     Returns:
         The balanced split and the prevalence before (`sky_prevalence`) and after (`training_prevalence`). Classes
@@ -61,34 +57,34 @@ def balance_classes(
     """
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy is {strategy!r}; it must be one of {', '.join(map(repr, get_args(Strategy)))}.")
-    sky_prevalence = measure_prevalence(split, label_column=label_column)
-    labels = np.asarray(split[label_column][:])
+    sky_prevalence = measure_prevalence(split)
+    labels = np.asarray(split["label"][:])
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) == 1:
-        name = split.features[label_column].names[classes[0]]
+        name = split.features["label"].names[classes[0]]
         raise ValueError(f"split has only galaxies of the class {name!r}; there is nothing to balance it with.")
     generator = np.random.default_rng(seed)
     size = counts.max() if strategy == "oversample" else counts.min()
     rows = [_take_rows(np.flatnonzero(labels == number), size=size, generator=generator) for number in classes]
     balanced = split.select(generator.permutation(np.concatenate(rows)))
-    return BalancedSplit(balanced, sky_prevalence, measure_prevalence(balanced, label_column=label_column))
+    return BalancedSplit(balanced, sky_prevalence, measure_prevalence(balanced))
 
 
-def _count_classes(split: datasets.Dataset, *, label_column: str) -> np.ndarray:
+def _count_classes(split: datasets.Dataset) -> np.ndarray:
     if isinstance(split, datasets.DatasetDict):
         raise ValueError(
             f"split is a DatasetDict with {', '.join(map(repr, split))}; balance the training split only: pass "
             "split['train']."
         )
-    feature = split.features.get(label_column)
+    feature = split.features.get("label")
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
-            f"label_column is {label_column!r}, which is {feature or 'not there'} and no ClassLabel; the columns are "
-            f"{', '.join(map(repr, split.column_names))}."
+            f"the column 'label' is {feature or 'not there'} and no ClassLabel; the columns are "
+            f"{', '.join(map(repr, split.column_names))}. Load the galaxies with a label_column of classes."
         )
     if len(split) == 0:
         raise ValueError("split has no rows, so no class has a share; give a split with galaxies.")
-    return np.bincount(split[label_column][:], minlength=feature.num_classes)
+    return np.bincount(split["label"][:], minlength=feature.num_classes)
 
 
 def _take_rows(rows: np.ndarray, *, size: int, generator: np.random.Generator) -> np.ndarray:

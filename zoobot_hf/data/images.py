@@ -277,16 +277,13 @@ def _read_batch(read: Callable[[Item], Result], items: list[Item], collate: Call
     return collate([read(item) for item in items])
 
 
-def find_unreadable_images(
-    dataset: Dataset, *, prepare: Callable[[Any], object] | None = None, description: str = "checking images"
-) -> pd.DataFrame:
+def find_unreadable_images(dataset: Dataset, *, prepare: Callable[[Any], object] | None = None) -> pd.DataFrame:
     """A row for each image that can't be opened: `id_str`, `file_loc` and `reason`, in the dataset's order.
 
     Args:
         dataset: With `id_str` and `image`.
         prepare: What the opened images are for, such as a processor's `crop_and_resize`; it raises ValueError for one
             that it refuses. It is tried on FITS, floating-point and 16-bit images, the only ones it may refuse.
-        description: What the progress bar says.
     """
     undecoded = dataset.select_columns(["id_str", "image"]).cast_column("image", ImageFeature(decode=False))
 
@@ -303,7 +300,8 @@ def find_unreadable_images(
         return None
 
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        found = list(tqdm(pool.map(describe, range(len(dataset))), total=len(dataset), desc=description, unit="image"))
+        reasons = pool.map(describe, range(len(dataset)))
+        found = list(tqdm(reasons, total=len(dataset), desc="checking images", unit="image"))
     return pd.DataFrame([row for row in found if row], columns=["id_str", "file_loc", "reason"])
 
 
@@ -311,20 +309,17 @@ def _may_be_refused(image: Image.Image | Pixels | Planes) -> bool:
     return isinstance(image, dict) or (isinstance(image, Image.Image) and image.mode.startswith(("F", "I")))
 
 
-def check_images(
-    dataset: Dataset, *, prepare: Callable[[Any], object] | None = None, description: str = "checking images"
-) -> None:
+def check_images(dataset: Dataset, *, prepare: Callable[[Any], object] | None = None) -> None:
     """Checks that every image of a dataset can be opened.
 
     Args:
         dataset: With `id_str` and `image`.
         prepare: As in `find_unreadable_images`.
-        description: What the progress bar says.
 
     Raises:
         UnreadableImageError: Some can't; the message has the first five with their reasons, and how many there are.
     """
-    unreadable = find_unreadable_images(dataset, prepare=prepare, description=description)
+    unreadable = find_unreadable_images(dataset, prepare=prepare)
     if len(unreadable):
         examples = "; ".join(
             f"{row['file_loc'] or row['id_str']}: {row['reason'].rstrip('.')}"
