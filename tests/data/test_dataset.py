@@ -295,6 +295,12 @@ def test_a_class_with_fewer_galaxies_than_splits_is_named(count, said):
         split_dataset(make_dataset([0] * 20 + [1] * count), seed=1)
 
 
+@pytest.mark.parametrize(("count", "said"), [(0, "0 galaxies"), (1, "1 galaxy"), (2, "2 galaxies")])
+def test_fewer_galaxies_than_splits_are_refused(count, said):
+    with pytest.raises(ValueError, match=f"dataset has {said}, fewer than the 3 splits; add galaxies."):
+        split_dataset(make_dataset([0] * count).remove_columns("label"), seed=1)
+
+
 @pytest.mark.parametrize(
     ("validation", "test", "message"),
     [

@@ -1,9 +1,9 @@
 """From a catalog, a folder or a Hub dataset to a `datasets.Dataset` with labels, and from there to its splits.
 
 A dataset has the columns `id_str` and `image`, and `label` where labels were asked for: one value or, of votes, one
-for each vote column of a decision tree. Images are decoded when a row
-is read and not before. Pillow decodes them; for FITS images take the column without decoding,
-`dataset.cast_column("image", datasets.Image(decode=False))`, and hand the paths to the image processor.
+for each vote column of a decision tree. Images are decoded when a row is read and not before. Pillow decodes them; for
+FITS images take the column without decoding, `dataset.cast_column("image", datasets.Image(decode=False))`, and hand
+`open_image(row["image"]["path"])` to the image processor.
 """
 
 import re
@@ -270,7 +270,8 @@ def split_dataset(
 
     Raises:
         ValueError: A fraction is out of range, a column is missing, there is no `train` split to cut from, a galaxy is
-            in two of the splits there are, all galaxies are of one class, or a class has fewer galaxies than splits.
+            in two of the splits there are, all galaxies are of one class, or fewer of them than splits are there or of
+            a class.
     """
     _check_fractions(validation_fraction=validation_fraction, test_fraction=test_fraction)
     splits = dict(dataset) if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
@@ -626,6 +627,11 @@ def _read_strata(dataset: datasets.Dataset) -> list[str]:
 
 
 def _check_strata(stratum_of_group: pd.Series, *, number_of_splits: int) -> None:
+    if len(stratum_of_group) < number_of_splits:
+        raise ValueError(
+            f"dataset has {len(stratum_of_group)} {'galaxy' if len(stratum_of_group) == 1 else 'galaxies'}, fewer than "
+            f"the {number_of_splits} splits; add galaxies."
+        )
     counts = stratum_of_group.value_counts()
     if len(counts) == 1 and counts.index[0] != "":
         raise ValueError(
