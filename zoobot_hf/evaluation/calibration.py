@@ -425,16 +425,15 @@ def conformal_sets(probabilities: npt.ArrayLike, thresholds: npt.ArrayLike) -> B
     return np.asarray(given >= limits)
 
 
-def name_conformal_sets(sets: Booleans, label_names: Sequence[str], *, undecided: str = UNDECIDED) -> list[str]:
+def name_conformal_sets(sets: Booleans, label_names: Sequence[str]) -> list[str]:
     """The class of each galaxy whose set has one, and "can't tell" for sets with several classes or none.
 
     Args:
         sets: From `conformal_sets`, (n, classes).
         label_names: In the order of the classes.
-        undecided: What to say where a set has not one class.
     """
     names = np.asarray(label_names, dtype=object)
-    return [names[row.argmax()] if row.sum() == 1 else undecided for row in np.asarray(sets)]
+    return [names[row.argmax()] if row.sum() == 1 else UNDECIDED for row in np.asarray(sets)]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.stats import rankdata
 
-from .intervals import CONFIDENCE, share_with_interval
+from .intervals import share_with_interval
 
 BINS = 10
 
@@ -46,20 +46,17 @@ class BrierScore(NamedTuple):
     within_bin_covariance: float
 
 
-def reliability_table(
-    probability: npt.ArrayLike, has_label: npt.ArrayLike, *, bins: int = BINS, confidence: float = CONFIDENCE
-) -> pd.DataFrame:
+def reliability_table(probability: npt.ArrayLike, has_label: npt.ArrayLike, *, bins: int = BINS) -> pd.DataFrame:
     """Mean probability and share of galaxies with the label, bin by bin.
 
     Args:
         probability: Of the label, 0-1, (n,).
         has_label: Whether each galaxy has it, (n,).
         bins: How many bins of equal numbers of galaxies.
-        confidence: Of the Jeffreys interval of the share, 0-1.
 
     Returns:
         A row for each bin, from low to high probability: `galaxies`, `lowest`, `highest`, `mean_probability`, `share`,
-        `share_low`, `share_high`. It is of the galaxies given, at their own prevalence.
+        and its 90% Jeffreys interval `share_low`, `share_high`. It is of the galaxies given, at their own prevalence.
 
     Raises:
         ValueError: No galaxies, probabilities that are none, or not as many as labels.
@@ -69,7 +66,7 @@ def reliability_table(
     rows = []
     for number in range(numbers.max() + 1):
         inside = numbers == number
-        share = share_with_interval(truth[inside].sum(), inside.sum(), confidence=confidence)
+        share = share_with_interval(truth[inside].sum(), inside.sum())
         mean = given[inside].mean()
         rows.append([int(inside.sum()), given[inside].min(), given[inside].max(), mean, *share])
     names = ["galaxies", "lowest", "highest", "mean_probability", "share", "share_low", "share_high"]
@@ -99,29 +96,19 @@ def expected_calibration_error(
     return _calibration_error(given, truth, heavy, _equal_bins(given, bins))
 
 
-def calibration_error_by_chance(
-    probability: npt.ArrayLike,
-    *,
-    weights: npt.ArrayLike | None = None,
-    bins: int = BINS,
-    draws: int = 100,
-    seed: int = 0,
-) -> float:
+def calibration_error_by_chance(probability: npt.ArrayLike, *, draws: int = 100, seed: int = 0) -> float:
     """The expected calibration error that these galaxies would have if their probabilities were perfect.
 
     Args:
         probability: Of the label, 0-1, (n,).
-        weights: Of each galaxy, (n,); all the same when absent. They are right for galaxies drawn from the population
-            that the probabilities are for, so leave them out where galaxies were weighted by their class.
-        bins: How many bins.
         draws: How often the labels are drawn from the probabilities.
         seed: Decides the draws.
 
     Raises:
         ValueError: As `reliability_table`.
     """
-    given, _, heavy = checked_galaxies(probability, np.zeros(np.shape(probability)), weights)
-    numbers, generator = _equal_bins(given, bins), np.random.default_rng(seed)
+    given, _, heavy = checked_galaxies(probability, np.zeros(np.shape(probability)), None)
+    numbers, generator = _equal_bins(given, BINS), np.random.default_rng(seed)
     drawn = [_calibration_error(given, generator.random(len(given)) < given, heavy, numbers) for _ in range(draws)]
     return float(np.mean(drawn))
 

@@ -131,7 +131,6 @@ def choose_threshold(
     aim: str,
     at_least: float | None = None,
     prevalence: float | None = None,
-    confidence: float = CONFIDENCE,
 ) -> Selection:
     """The threshold that meets an aim best, and what it selects.
 
@@ -145,7 +144,6 @@ def choose_threshold(
         aim: "purity", "completeness" or "f1" (the best there is).
         at_least: The purity or completeness to be reached, 0-1; not for f1.
         prevalence: The share of galaxies with the label in the sky, 0-1; that of these galaxies when absent.
-        confidence: Of the intervals, 0-1.
 
     Raises:
         ValueError: Another aim; a goal that is missing, out of range or can't be reached, with what can be; or what
@@ -166,9 +164,7 @@ def choose_threshold(
         # Thresholds fall along the curve: of equal ones the first has the highest purity, the last most galaxies.
         best = int(values.argmax()) if aim == "purity" else len(values) - 1 - int(values[::-1].argmax())
         words = f"{aim} of at least {at_least:g}"
-    selection = measure_selection(
-        given, truth, threshold=float(curve.thresholds[best]), prevalence=share, confidence=confidence
-    )
+    selection = measure_selection(given, truth, threshold=float(curve.thresholds[best]), prevalence=share)
     return selection._replace(aim=words)
 
 
@@ -179,7 +175,6 @@ def measure_selection(
     threshold: float,
     prevalence: float | None = None,
     confidence: float = CONFIDENCE,
-    seed: int = 0,
 ) -> Selection:
     """Completeness and purity of the galaxies that a threshold selects, with intervals.
 
@@ -192,7 +187,6 @@ def measure_selection(
         threshold: The lowest probability that is selected, 0-1.
         prevalence: The share of galaxies with the label in the sky, 0-1; that of these galaxies when absent.
         confidence: Of the intervals, 0-1.
-        seed: Decides the draws.
 
     Returns:
         The selection; its purity is NaN where nothing is selected.
@@ -208,7 +202,7 @@ def measure_selection(
     share, _ = _weighted(truth, prevalence)
     is_selected = given >= threshold
     hits, mistakes = int(truth[is_selected].sum()), int((1 - truth[is_selected]).sum())
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     found = generator.beta(hits + 0.5, with_label - hits + 0.5, POSTERIOR_DRAWS)
     mistaken = generator.beta(mistakes + 0.5, without - mistakes + 0.5, POSTERIOR_DRAWS)
     purity, drawn_purity = (

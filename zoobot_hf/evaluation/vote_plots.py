@@ -16,6 +16,7 @@ from zoobot_hf.models.votes import expected_vote_fractions, tree_layout
 
 from .plots import DOTS_PER_INCH, FONT_SIZE, PAGE_WIDTH, SMALL_FONT_SIZE
 
+COLUMNS = 4  # panels in a row
 BINS = 10
 LEAST_GALAXIES = 5  # in a bin, for its mean to be drawn
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -32,7 +33,6 @@ def plot_vote_fractions(
     path: str | Path,
     *,
     least_votes: int = 10,
-    columns: int = 4,
 ) -> None:
     """Draw the vote fractions that volunteers gave against those that were expected, a panel for each question.
 
@@ -45,7 +45,6 @@ def plot_vote_fractions(
         decision_tree: The survey's questions as plain values, as a model's configuration holds them.
         path: Where the PNG is written; its folder is made.
         least_votes: How many votes on a question a galaxy needs to be drawn.
-        columns: How many panels stand in a row.
 
     Raises:
         ValueError: The shapes are not the tree's, or no galaxy has enough votes on any question.
@@ -60,9 +59,9 @@ def plot_vote_fractions(
     panels = list(_asked_questions(concentrations, counts, decision_tree, least_votes=least_votes))
     if not panels:
         raise ValueError(f"no galaxy has {least_votes} votes on any question; pass votes, or a smaller least_votes.")
-    columns = min(columns, len(panels))
+    columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    width = max(LEAST_WIDTH, PAGE_WIDTH * columns / 4)
+    width = max(LEAST_WIDTH, PAGE_WIDTH * columns / COLUMNS)
     figure = Figure(figsize=(width, rows * width / columns + 0.2), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel in axes.ravel()[len(panels) :]:
