@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from astropy.io import fits
 from PIL import Image
 from scipy import stats
 from small_trees import BAR, SMOOTH, make_question
@@ -765,6 +766,21 @@ def test_each_label_has_one_share_of_the_sky(galaxy_folder, encoder_folder, tmp_
     assert "sky_prevalence has a label twice" in line
     line = refused(*options, "--sky_prevalence", "ring=0.05", "--sky_prevalence", "not ring=0.9")
     assert "add up to" in line
+
+
+def test_the_planes_of_fits_cubes_are_chosen_on_the_command_line(galaxy_folder, encoder_folder, tmp_path, zoobot_hf):
+    catalog = read_catalog(galaxy_folder / "catalog.csv")
+    for number, path in enumerate(catalog["file_loc"]):
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
+        fits.writeto(galaxy_folder / f"{number}.fits", pixels)
+    names = [f"{number}.fits" for number in range(len(catalog))]
+    catalog.assign(file_loc=names).to_csv(galaxy_folder / "catalog.csv", index=False)
+    options = finetune_options(galaxy_folder, encoder_folder, tmp_path / "out", unfrozen_epochs=0)
+    assert zoobot_hf(*options, "--fits_bands", "0:2", "0:1", "0:0").status == 0
+    assert ZoobotImageProcessor.from_pretrained(tmp_path / "out").fits_bands == ["0:2", "0:1", "0:0"]
+    images = ("--images", galaxy_folder, "--output", tmp_path / "table.csv")
+    assert zoobot_hf("predict", "--model", tmp_path / "out", *images).status == 0
+    assert len(pd.read_csv(tmp_path / "table.csv")) == len(catalog)
 
 
 @pytest.mark.parametrize("batch_size", ["0", "-3", "many"])

@@ -606,11 +606,14 @@ def test_messages_name_the_subfolder_and_the_encoder_is_the_repositorys(
 # Image processors -----------------------------------------------------------------------------------------------
 
 
-def test_a_finetuned_models_own_processor_is_taken(finetuned, tmp_path):
+def test_a_finetuned_models_own_processor_is_taken(finetuned, caplog):
     ZoobotImageProcessor(40, zoom=1.7, rescale_factor=1 / 255**2).save_pretrained(finetuned)
     processor = image_processor_for(finetuned)
     assert (processor.pixels, processor.zoom, processor.rescale_factor) == (40, 1.7, 1 / 255**2)
-    assert image_processor_for(finetuned, zoom=2.5).zoom == 2.5
+    assert processor.fits_bands is None
+    changed = image_processor_for(finetuned, zoom=2.5, fits_bands=["0:2"])
+    assert (changed.pixels, changed.zoom, changed.fits_bands) == (40, 2.5, ["0:2"])
+    assert not caplog.text
 
 
 def test_a_finetuned_models_processor_is_taken_from_the_hub(finetuned, hub_token, upload, repo_id):

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from ..models.conversion import image_processor_for
 from ..models.modeling_zoobot import ZoobotForImageClassification
 from ..training.label_efficiency import NUMBERS, SEEDS, make_curve_folder, measure_label_curve, write_label_curve
-from .inputs import choose_device, load_dataset
+from .inputs import choose_device, load_dataset, load_processor
 from .options import add_device, add_encoder_and_dataset, add_seed, number
 
 
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     dataset = load_dataset(options)
     features = (next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset).features
-    processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
+    processor = load_processor(options.encoder, options)
     model = ZoobotForImageClassification.from_pretrained(options.encoder, label_names=features["label"].names)
     curve = measure_label_curve(
         model.to(device),

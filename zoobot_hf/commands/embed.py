@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-from ..models.conversion import image_processor_for
 from ..models.modeling_zoobot import ZoobotModel
 from ..prediction.embeddings import embed_survey
 from ..training.embedding_cache import DTYPES
-from .inputs import choose_device, find_images
+from .inputs import choose_device, find_images, load_processor
 from .options import add_batches, add_device, add_hub_dataset, add_image_processing, add_survey
 from .predict import report_survey
 
@@ -40,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
-    processor = image_processor_for(options.model, normalization=options.normalization, zoom=options.zoom)
+    processor = load_processor(options.model, options)
     done = embed_survey(
         ZoobotModel.from_pretrained(options.model),
         processor,

@@ -15,7 +15,6 @@ from ..data.decision_tree import DecisionTree, load_survey, load_tree
 from ..evaluation.intervals import Estimate
 from ..evaluation.selection import AIMS, check_aim
 from ..models.configuration_zoobot import HEAD_TYPES
-from ..models.conversion import image_processor_for
 from ..models.image_processing_zoobot import ZoobotImageProcessor
 from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from ..models.modeling_zoobot import ZoobotForImageClassification
@@ -28,7 +27,7 @@ from ..training.cross_validation import (
     write_cross_validation,
 )
 from ..training.finetuning import Finetuned, check_output, checkpoints_folder, finetune
-from .inputs import choose_device, load_dataset, load_votes, stage_arguments
+from .inputs import choose_device, load_dataset, load_processor, load_votes, stage_arguments
 from .options import add_device, add_encoder_and_dataset, add_precision, add_seed, number, share
 
 FRACTIONS = ("validation_fraction", "test_fraction")
@@ -143,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
     _check_before_training(options)
     galaxies = load_dataset(options) if tree is None else load_votes(options, tree)
     dataset = _split(options, galaxies) if options.folds is None else None
-    processor = image_processor_for(options.encoder, normalization=options.normalization, zoom=options.zoom)
+    processor = load_processor(options.encoder, options)
     set_seed(options.seed)  # the new head's weights
     model = _load_model(options, galaxies, tree=tree)
     stages = _read_stages(options)

@@ -10,7 +10,7 @@ from ..data.decision_tree import DecisionTree
 from ..data.rings import load_rings
 from ..data.volunteers import simulate_votes_dataset
 from ..models.configuration_zoobot import ZoobotConfig
-from ..models.conversion import local_copy, read_configuration
+from ..models.conversion import image_processor_for, local_copy, read_configuration
 from ..models.image_processing_zoobot import ZoobotImageProcessor
 from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from ..models.modeling_zoobot import ZoobotForImageClassification
@@ -56,6 +56,12 @@ def find_images(options: argparse.Namespace) -> Source:
     if given:
         raise ValueError(f"{next(iter(given))} is for a Hub dataset, and images is {options.images}; leave it out.")
     return str(options.images)
+
+
+def load_processor(encoder: str, options: argparse.Namespace) -> ZoobotImageProcessor:
+    return image_processor_for(
+        encoder, normalization=options.normalization, zoom=options.zoom, fits_bands=options.fits_bands
+    )
 
 
 def load_finetuned(name: str) -> tuple[ZoobotForImageClassification, ZoobotImageProcessor]:

@@ -63,6 +63,13 @@ def add_image_processing(parser: argparse.ArgumentParser) -> None:
         help=f"magnify the centre of each image by this (default: {DEFAULT_ZOOM}, or the finetuned model's own)",
     )
     parser.add_argument(
+        "--fits_bands",
+        nargs="+",
+        metavar="PLANE",
+        help="of FITS images with several planes the one that is grey, or red, green and blue: extension names, or "
+        "0:0, 0:1, ... for the planes of a cube (default: the finetuned model's own)",
+    )
+    parser.add_argument(
         "--normalization",
         choices=NORMALIZATIONS,
         default="auto",

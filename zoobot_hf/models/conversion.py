@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -319,7 +320,12 @@ def _read_bin_shapes(path: Path) -> dict[str, Shape]:
 
 
 def image_processor_for(
-    name_or_path: str | Path, *, normalization: str = "auto", zoom: float | None = None, **hub_arguments: Any
+    name_or_path: str | Path,
+    *,
+    normalization: str = "auto",
+    zoom: float | None = None,
+    fits_bands: Sequence[str] | None = None,
+    **hub_arguments: Any,
 ) -> ZoobotImageProcessor:
     """The image processor for an encoder or a finetuned model.
 
@@ -333,6 +339,7 @@ def image_processor_for(
         normalization: "none" gives RGB in 0-1; "encoder" applies the mean and standard deviation that the repository
             states; "auto" applies them where a preprocessor_config.json states them, and not in timm's layout.
         zoom: Factor by which the centre is magnified; the repository's own or else `DEFAULT_ZOOM` when absent.
+        fits_bands: As in `ZoobotImageProcessor`; the repository's own when absent.
         **hub_arguments: As in `local_copy`.
 
     Raises:
@@ -344,15 +351,17 @@ def image_processor_for(
         raise ValueError(f"normalization is {normalization!r}; choose one of {', '.join(NORMALIZATIONS)}.")
     folder = local_copy(name_or_path, **hub_arguments)
     name = PurePosixPath(name_or_path, hub_arguments.get("subfolder", ""))
+    wanted = {"zoom": zoom, "fits_bands": fits_bands}
+    changes: dict[str, Any] = {setting: value for setting, value in wanted.items() if value is not None}
     zoobot_file = find_zoobot_file(folder)
     if zoobot_file is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in read_zoobot_file(zoobot_file).encoder.items()}
         channels = _input_channels(shapes) or 3
-        return ZoobotImageProcessor(DEFAULT_PIXELS, num_channels=channels, zoom=DEFAULT_ZOOM if zoom is None else zoom)
+        return ZoobotImageProcessor(DEFAULT_PIXELS, num_channels=channels, **{"zoom": DEFAULT_ZOOM, **changes})
     settings = read_configuration(folder)
     if settings.get("model_type") == ZoobotConfig.model_type:
-        changes = {} if zoom is None else {"zoom": zoom}
-        return ZoobotImageProcessor.from_pretrained(str(folder), **changes)
+        own = ZoobotImageProcessor.from_pretrained(str(folder)).to_dict()
+        return ZoobotImageProcessor.from_dict({**own, **changes})
     stated = _stated_processing(folder, settings)
     if normalization != "none" and stated.unlike_ours:
         raise ValueError(
@@ -374,10 +383,10 @@ def image_processor_for(
     return ZoobotImageProcessor(
         stated.pixels,
         num_channels=stated.channels,
-        zoom=DEFAULT_ZOOM if zoom is None else zoom,
         do_normalize=bool(applied),
         image_mean=applied.get("image_mean"),
         image_std=applied.get("image_std"),
+        **{"zoom": DEFAULT_ZOOM, **changes},
     )
 
 

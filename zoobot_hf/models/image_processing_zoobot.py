@@ -1,6 +1,7 @@
 """ZoobotImageProcessor: images of galaxies to pixel values."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class ZoobotImageProcessor(BaseImageProcessor):
         image_std: A standard deviation for each channel, after rescaling.
         fits_bands: For FITS images the names of the planes that become red, green and blue, or the one that becomes
             grey: extension names ("SCI,2" where several have the name), or numbers as text, with ":0", ":1", ... for
-            the planes of a cube. Not needed where a file has a single plane.
+            the planes of a cube, in any case. Not needed where a file has a single plane.
         fits_stretch: How FITS values become 0-255. "linear" cuts them at `fits_percentiles` and scales them to 0-1;
             "asinh" then takes asinh(x * `fits_softening`), which at 1 ends at 0.88 as galaxy-datasets has it for
             Zoobot (`fits_to_jpg_like_scaling`) and beyond 1.18, where it would exceed 1, is scaled to end there;
@@ -72,7 +73,7 @@ class ZoobotImageProcessor(BaseImageProcessor):
         do_normalize: bool = False,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
-        fits_bands: list[str] | None = None,
+        fits_bands: Sequence[str] | None = None,
         fits_stretch: str = "asinh",
         fits_percentiles: tuple[float, float] | list[float] = (0.0, 99.7),
         fits_softening: float = 1.0,
@@ -89,7 +90,7 @@ class ZoobotImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = image_mean
         self.image_std = image_std
-        self.fits_bands = fits_bands
+        self.fits_bands = None if fits_bands is None else [str(band) for band in fits_bands]
         self.fits_stretch = fits_stretch
         self.fits_percentiles = list(fits_percentiles)
         self.fits_softening = fits_softening
@@ -219,7 +220,9 @@ class ZoobotImageProcessor(BaseImageProcessor):
             raise ValueError(
                 f"it has {len(planes)} planes ({names}); say in fits_bands which one is grey, or red, green, blue."
             )
-        wanted = self.fits_bands or list(planes)
+        # Whatever the case: astropy has extensions' names in capitals.
+        planes = {name.upper(): plane for name, plane in planes.items()}
+        wanted = [band.upper() for band in self.fits_bands or planes]
         missing = [band for band in wanted if band not in planes]
         if missing:
             raise ValueError(f"it has no plane {missing[0]!r} of fits_bands; it has {names}.")
