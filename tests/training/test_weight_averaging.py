@@ -42,6 +42,7 @@ OPTIMIZERS = [
     (torch.optim.AdamW, {"lr": 0.1, "fused": True}),
     (torch.optim.AdamW, {"lr": 0.1}),
     (torch.optim.SGD, {"lr": 0.1}),
+    (torch.optim.Adagrad, {"lr": 0.1}),
 ]
 
 
@@ -81,9 +82,10 @@ def test_what_is_saved_goes_on_as_if_it_had_not_been(optimizer_class, settings, 
     torch.testing.assert_close(second.weight, mean_of(expected))
 
 
-def test_weights_without_a_gradient_in_some_steps_are_averaged_over_all_steps():
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_weights_without_a_gradient_in_some_steps_are_averaged_over_all_steps(optimizer_class):
     layers = torch.nn.ModuleList([make_layer(), torch.nn.Linear(4, 3)])
-    optimizer = averaging(torch.optim.AdamW)(layers.parameters(), lr=0.1)
+    optimizer = averaging(optimizer_class)(layers.parameters(), lr=0.1)
     weights = [[layer.weight.detach().clone() for layer in layers]]
     for number, batch in enumerate(draw_batches()):
         take_step(layers[0] if number < 2 else layers[1], optimizer, batch)

@@ -16,7 +16,17 @@ class WeightAverage(torch.optim.Optimizer):
 
     The parameters hold either the last step's weights or the mean, and the optimizer's state the other one, so that a
     checkpoint of `Trainer` has all that a resume needs, and its model is the one that was evaluated.
+
+    Args:
+        *args: As the optimizer takes them.
+        **kwargs: Likewise.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Adagrad's is filled before the first step.
+        for parameter, state in self.state.items():
+            state["other_weights"] = parameter.detach().clone()
 
     @property
     def holds_mean(self) -> bool:
