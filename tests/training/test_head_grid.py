@@ -52,6 +52,20 @@ def test_all_heads_of_a_grid_train_on_the_same_dropped_out_embeddings(layer_norm
     assert torch.allclose(seen[0][is_kept], expected[is_kept])
 
 
+def test_the_values_of_a_regression_are_in_its_interval():
+    model = make_model(problem_type="regression", unit_interval=True)
+    with torch.no_grad():
+        model.head[-1].weight.normal_()
+    stored = make_embeddings()
+    embeddings, _ = next(stored.batches(100))
+    labels = torch.rand(len(embeddings), 2)
+    grid = HeadGrid(model, stored, count=1).eval()
+    with torch.inference_mode():
+        expected, found = (module(embeddings=embeddings, labels=labels) for module in (model, grid))
+    assert torch.allclose(found.logits, expected.logits, atol=1e-4)
+    assert found.loss == pytest.approx(expected.loss.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("head_type", ["linear", "mlp"])
 def test_a_new_head_has_no_opinion_on_embeddings_that_are_far_from_zero(head_type):
     model = make_model(head_type=head_type, head_hidden_size=64)

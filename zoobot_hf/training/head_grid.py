@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
-from zoobot_hf.models.heads import head_loss, loss_weight
+from zoobot_hf.models.heads import apply_unit_interval, head_loss, loss_weight
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
 from zoobot_hf.models.votes import concentrations_from_logits, vote_loss
@@ -75,7 +75,7 @@ class HeadGrid(nn.Module):
                 _take_standardised(_first_linear(head), self.mean, self.spread)
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> ModelOutput:
-        """The winning head's logits, or concentrations, and loss; in training the loss has every head's gradient.
+        """The winning head's logits, values or concentrations, and loss; in training the loss of every head's gradient.
 
         Args:
             embeddings: (batch, embedding_size), as the encoder gives them.
@@ -85,9 +85,11 @@ class HeadGrid(nn.Module):
         if not self.training:
             (logits,) = self._logits([self.heads[int(self.winning_head)]], inputs)
             loss = None if labels is None else self._loss(logits, labels, training=False)
-            if self.layout is None:
-                return ModelOutput(loss=loss, logits=logits)
-            return ModelOutput(loss=loss, concentrations=self._concentrations(logits))
+            if self.layout is not None:
+                return ModelOutput(loss=loss, concentrations=self._concentrations(logits))
+            if self.config.problem_type == "regression":
+                logits = apply_unit_interval(logits, self.config)
+            return ModelOutput(loss=loss, logits=logits)
         assert labels is not None
         # One mask for all heads: on a CPU drawing it costs more than the heads do.
         kept = _drop(inputs, share=self.config.head_dropout)
