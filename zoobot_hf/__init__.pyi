@@ -44,7 +44,6 @@ from .evaluation.selection import measure_selection as measure_selection
 from .evaluation.vote_tables import advanced_table as advanced_table
 from .evaluation.vote_tables import friendly_table as friendly_table
 from .models.configuration_zoobot import ZoobotConfig as ZoobotConfig
-from .models.configuration_zoobot import small_encoder_config as small_encoder_config
 from .models.conversion import EMBEDDED_ENCODER as EMBEDDED_ENCODER
 from .models.conversion import image_processor_for as image_processor_for
 from .models.export import export_to_onnx as export_to_onnx

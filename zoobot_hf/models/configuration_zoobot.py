@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .votes import tree_layout
@@ -269,19 +269,3 @@ def _check_sizes(settings: Any, where: str, *, largest: int = LARGEST_WIDTH) -> 
             _check_sizes(value, where, largest=largest)
     elif isinstance(settings, (int, float)) and math.isfinite(settings) and abs(settings) > largest:
         raise ValueError(f"{where} is or holds {settings}; no encoder has more than {largest}.")
-
-
-def small_encoder_config(label_names: list[str]) -> ZoobotConfig:
-    """The configuration of a ResNet of 0.3 million parameters, to be trained from scratch in a minute or two on a CPU.
-
-    Args:
-        label_names: In the order of the logits.
-    """
-    encoder = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], layer_type="basic")
-    return ZoobotConfig(
-        encoder,
-        head_dropout=0.1,
-        encoder_name="a small ResNet with new weights",
-        id2label=dict(enumerate(label_names)),
-        label2id={name: index for index, name in enumerate(label_names)},
-    )
