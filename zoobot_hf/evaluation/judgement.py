@@ -5,7 +5,7 @@ galaxies, and the scores are those of test galaxies, or of predictions out of fo
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from zoobot_hf.models.heads import (
 )
 
 from .calibration import SMALLEST_PROBABILITY, Calibration, fit_calibration, probabilities_at_prevalence
-from .metrics import SINGLE_LABEL
+from .metrics import SINGLE_LABEL, scored_labels, truth_of_label
 from .scores import Scores, score_probabilities
 from .selection import Selection, choose_threshold, measure_selection
 
@@ -132,6 +132,7 @@ class _Judge:
     def __init__(self, config: ZoobotConfig) -> None:
         config.forget_calibration()
         self.config = config
+        self.scored = scored_labels(config.num_labels, config.problem_type)
         self.remarks: list[str] = []
         self.sky: list[float] | None = None
         self.assumed: list[float] | None = None
@@ -161,7 +162,7 @@ class _Judge:
     def choose_thresholds(self, logits: Floats, labels: Labels, aim: str, at_least: float | None) -> None:
         given, thresholds = self.probabilities(logits), {}
         lacking = self.labels_without_contrast(labels)
-        for number in self.selected_labels():
+        for number in self.scored:
             name = self.config.label_names[number]
             if name in lacking:
                 continue
@@ -209,15 +210,10 @@ class _Judge:
     def sky_share(self, number: int) -> float | None:
         return None if self.sky is None else self.sky[number]
 
-    def selected_labels(self) -> Sequence[int]:
-        # Of two labels of which each galaxy has one, the second is what is looked for: a ring.
-        is_one_of_two = self.config.problem_type == SINGLE_LABEL and self.config.num_labels == 2
-        return [1] if is_one_of_two else range(self.config.num_labels)
-
     def labels_without_contrast(self, labels: Labels) -> list[str]:
         """The labels that all of these galaxies have, or none: nothing can be fitted to them or measured of them."""
         names, problem_type = self.config.label_names, self.config.problem_type
-        truths = {names[number]: truth_of_label(labels, number, problem_type)[1] for number in self.selected_labels()}
+        truths = {names[number]: truth_of_label(labels, number, problem_type)[1] for number in self.scored}
         return [name for name, has_label in truths.items() if len(np.unique(has_label)) < 2]
 
     def remark(self, consequence: str, *, whose: str) -> None:
@@ -251,7 +247,7 @@ class _Judge:
         lacking = self.labels_without_contrast(labels)
         if lacking:
             self.remark(f"There are no scores of {', '.join(lacking)}", whose=whose)
-        if len(lacking) == len(self.selected_labels()):
+        if len(lacking) == len(self.scored):
             return []
         # No weight gives a class without a galaxy its share of the sky.
         if lacking and sky and problem_type == SINGLE_LABEL:
@@ -311,18 +307,3 @@ def check_prevalence(given: Mapping[str, float], config: ZoobotConfig) -> dict[s
         [shares[name] for name in names], [shares[name] for name in names], problem_type=config.problem_type
     )
     return {name: float(shares[name]) for name in names}
-
-
-def truth_of_label(labels: npt.ArrayLike, number: int, problem_type: str) -> tuple[Labels, Labels]:
-    """Of which galaxies a label is known, (n,), and whether these have it.
-
-    Args:
-        labels: Class numbers (n,), or 0, 1 and NaN where it is not known (n, labels).
-        number: The label's.
-        problem_type: "single_label_classification" or "multi_label_classification".
-    """
-    values = np.asarray(labels, dtype=np.float64)  # None, as a table has what is missing, becomes NaN
-    if problem_type == SINGLE_LABEL:
-        return np.ones(len(values), dtype=bool), values == number
-    known = ~np.isnan(values[:, number])
-    return known, values[known, number] == 1

@@ -115,9 +115,8 @@ class _MeanOverLabels(ClassificationMetric):
     """A score that each label has by itself also where a galaxy has one label only."""
 
     def _score_single_label(self, probabilities: Floats, labels: Integers) -> float:
-        label_count = probabilities.shape[1]
         predicted = probabilities.argmax(axis=1)
-        scored = [1] if label_count == 2 else range(label_count)
+        scored = scored_labels(probabilities.shape[1], SINGLE_LABEL)
         return _mean_of_defined(
             [self._score_label(labels == i, predicted == i, probability=probabilities[:, i]) for i in scored]
         )
@@ -460,6 +459,31 @@ def class_numbers(labels: npt.ArrayLike) -> npt.NDArray[np.int64]:
             f"labels hold {np.unique(values)[:5].tolist()}; give whole numbers from 0 on, the class of each galaxy."
         )
     return values.astype(np.int64)
+
+
+def scored_labels(count: int, problem_type: str) -> Sequence[int]:
+    """The labels that have scores of their own: of two of which each galaxy has one, the second, such as a ring.
+
+    Args:
+        count: How many labels there are.
+        problem_type: "single_label_classification" or "multi_label_classification".
+    """
+    return [1] if problem_type == SINGLE_LABEL and count == 2 else range(count)
+
+
+def truth_of_label(labels: npt.ArrayLike, number: int, problem_type: str) -> tuple[Booleans, Booleans]:
+    """Of which galaxies a label is known, (n,), and whether these have it.
+
+    Args:
+        labels: Class numbers (n,), or 0, 1 and NaN where it is not known (n, labels).
+        number: The label's.
+        problem_type: "single_label_classification" or "multi_label_classification".
+    """
+    values = np.asarray(labels, dtype=np.float64)  # None, as a table has what is missing, becomes NaN
+    if problem_type == SINGLE_LABEL:
+        return np.ones(len(values), dtype=bool), values == number
+    known = ~np.isnan(values[:, number])
+    return known, values[known, number] == 1
 
 
 def count_labelled(labels: npt.ArrayLike) -> int:

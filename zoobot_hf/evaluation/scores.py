@@ -23,7 +23,7 @@ from .intervals import (
     interval_of_draws,
     share_with_interval,
 )
-from .metrics import SINGLE_LABEL, checked_labels, count_labelled
+from .metrics import SINGLE_LABEL, checked_labels, count_labelled, scored_labels, truth_of_label
 from .reliability import calibration_error_by_chance, expected_calibration_error
 from .selection import POSTERIOR_DRAWS, selection_curve
 
@@ -119,11 +119,10 @@ def score_probabilities(
     if sky_prevalence is not None:
         _check_sky(label_names, sky_prevalence)
     is_single = problem_type == SINGLE_LABEL
-    scored = [1] if is_single and len(label_names) == 2 else range(len(label_names))
+    scored = scored_labels(len(label_names), problem_type)
     results, shares = {}, {}
     for number, name in enumerate(label_names):
-        known = np.ones(len(given), dtype=bool) if is_single else ~np.isnan(truth[:, number])
-        has_label = truth == number if is_single else truth[known, number] == 1
+        known, has_label = truth_of_label(truth, number, problem_type)
         classes = truth if is_single else has_label
         own_share = has_label.mean() if known.any() else np.nan
         shares[name] = float(own_share if sky_prevalence is None else sky_prevalence[number])

@@ -36,7 +36,7 @@ from zoobot_hf.evaluation.calibration import Calibration, fit_calibration, proba
 from zoobot_hf.evaluation.intervals import Estimate
 from zoobot_hf.evaluation.judgement import check_prevalence
 from zoobot_hf.evaluation.label_audit import find_doubtful_labels, find_near_duplicates
-from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for_trainer
+from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for_trainer, scored_labels
 from zoobot_hf.evaluation.plots import plot_galaxy_sheet, shown_name
 from zoobot_hf.evaluation.probability_plots import plot_reliability, plot_roc_and_precision_recall
 from zoobot_hf.evaluation.scores import Scores, score_probabilities
@@ -244,9 +244,9 @@ def write_cross_validation(
         assumed_prevalence=[result.sky_prevalence[name] for name in names],
         prevalence=[float((labels == name).mean()) for name in names],
     )
-    columns = list(enumerate(zip(names, probability_columns(names), strict=True)))
-    for number, (name, column) in columns[-1 if len(names) == 2 else 0 :]:
-        end = "" if len(names) == 2 else column.removeprefix("probability")
+    for number in scored_labels(len(names), SINGLE_LABEL):
+        name = names[number]
+        end = "" if len(names) == 2 else probability_columns(names)[number].removeprefix("probability")
         given = (here[:, number], labels == name)
         plot_reliability(*given, folder / f"reliability{end}.png", label=name, population="Out of fold")
         plot_roc_and_precision_recall(*given, folder / f"roc{end}.png", label=name)

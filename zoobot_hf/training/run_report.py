@@ -17,8 +17,8 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from zoobot_hf.data.catalog import write_catalog
 from zoobot_hf.data.dataset import HUB_IDENTIFIER
 from zoobot_hf.evaluation.intervals import CONFIDENCE
-from zoobot_hf.evaluation.judgement import Judgement, truth_of_label
-from zoobot_hf.evaluation.metrics import metrics_for
+from zoobot_hf.evaluation.judgement import Judgement
+from zoobot_hf.evaluation.metrics import metrics_for, truth_of_label
 from zoobot_hf.evaluation.scores import CALIBRATION_ERROR_BY_CHANCE, LABELLED_GALAXIES, Scores
 from zoobot_hf.evaluation.selection import Selection
 from zoobot_hf.evaluation.tables import prediction_table
