@@ -6,7 +6,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from zoobot_hf.training import depthwise
-from zoobot_hf.training.depthwise import fast_depthwise_convolutions
+from zoobot_hf.training.depthwise import fast_depthwise_convolutions, safe_strided_convolutions
 
 CONVOLUTIONS = {
     "7 x 7": lambda: nn.Conv2d(6, 6, 7, padding=3, groups=6),
@@ -105,4 +105,30 @@ def test_other_convolutions_are_left_as_they_are():
     convolutions = [nn.Conv2d(6, 6, 7), nn.Conv2d(6, 12, 7, groups=6), nn.Conv2d(1, 1, 7)]
     module = nn.ModuleList(convolutions)
     with fast_depthwise_convolutions(module):
+        assert not [part for part in module if "forward" in vars(part)]
+
+
+@pytest.mark.parametrize("stride", [2, (1, 2), 3])
+@pytest.mark.parametrize("channels", [3, 15])
+def test_narrow_strided_convolutions_compute_the_same_and_have_no_stride(channels, stride):
+    convolution = nn.Conv2d(channels, 5, 1, stride=stride)
+    images = torch.rand(2, channels, 9, 8)  # channels first, in which the gradient without help is right too
+    expected = gradients(convolution, images)
+    with safe_strided_convolutions(convolution):
+        found = gradients(convolution, images)
+        assert convolution(images).grad_fn._saved_stride == (1, 1)
+    assert all(map(is_close, found, expected))
+    assert "forward" not in vars(convolution)
+
+
+def test_convolutions_that_are_wide_or_skip_no_pixels_keep_their_stride():
+    convolutions = [
+        nn.Conv2d(16, 5, 1, stride=2),
+        nn.Conv2d(3, 5, 3, stride=2),
+        nn.Conv2d(3, 5, 1),
+        nn.Conv2d(3, 5, 1, stride=2, padding=1),
+        nn.Conv2d(6, 6, 1, stride=2, groups=3),
+    ]
+    module = nn.ModuleList(convolutions)
+    with safe_strided_convolutions(module):
         assert not [part for part in module if "forward" in vars(part)]

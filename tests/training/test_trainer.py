@@ -121,6 +121,20 @@ def test_the_unfrozen_stage_takes_grey_images(galaxies, tmp_path):
     assert moved(before, model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
+def test_the_unfrozen_stage_has_no_gradient_of_a_narrow_strided_convolution(
+    batch_norm_model, galaxies, processor, tmp_path
+):
+    seen = set()
+    shortcuts = [part for part in batch_norm_model.modules() if getattr(part, "kernel_size", None) == (1, 1)]
+    for convolution in shortcuts:
+        convolution.register_forward_hook(
+            lambda layer, inputs, output: seen.add(output.grad_fn and output.grad_fn._saved_stride)
+        )
+    assert {(convolution.in_channels, convolution.stride) for convolution in shortcuts} == {(8, (2, 2))}
+    train(UnfrozenStageTrainer, batch_norm_model, unfrozen_arguments(tmp_path), galaxies, processor)
+    assert seen == {None, (1, 1)}  # None of an evaluation
+
+
 @pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model", "timm_convnext_model"])
 def test_with_last_blocks_only_the_head_and_these_blocks_move(name, request, galaxies, processor, tmp_path):
     model = request.getfixturevalue(name)

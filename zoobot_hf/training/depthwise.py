@@ -1,4 +1,7 @@
-"""Depthwise convolutions on a CPU, where PyTorch's own are the slowest part of training a ConvNeXt or MobileNet."""
+"""Convolutions that PyTorch trains slowly on a CPU, or not safely, as ones that give the same.
+
+Its own depthwise convolutions are the slowest part of training a ConvNeXt or MobileNet.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ from torch.nn import functional
 # and 3 times as long for 3 x 3. Other processors than these have other convolutions.
 SMALLEST_LARGE_KERNEL = 5
 MEASURED_PROCESSORS = ("AVX2", "AVX512")
+SAFE_CHANNELS = 16  # the largest block of channels that oneDNN works on at once
 
 
 @contextmanager
@@ -36,6 +40,37 @@ def fast_depthwise_convolutions(module: nn.Module) -> Iterator[None]:
     finally:
         for convolution in convolutions:
             del convolution.forward
+
+
+@contextmanager
+def safe_strided_convolutions(module: nn.Module) -> Iterator[None]:
+    """Inside, 1 x 1 convolutions of few channels leave the pixels out that their stride skips, and then have none.
+
+    oneDNN's gradient of such a kernel writes past its memory where channels come last, which ends the process
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). RepVGG and MobileOne begin with one.
+
+    Args:
+        module: A model or a part of one; its state is not touched.
+    """
+    convolutions = [part for part in module.modules() if type(part) is nn.Conv2d and _is_unsafe(part)]
+    for convolution in convolutions:
+        convolution.forward = functools.partial(_convolve_without_stride, convolution)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for convolution in convolutions:
+            del convolution.forward
+
+
+def _is_unsafe(part: nn.Conv2d) -> bool:
+    skips_pixels = part.kernel_size == (1, 1) != part.stride and part.padding == (0, 0)
+    is_narrow = part.in_channels < SAFE_CHANNELS and part.groups == 1
+    return part.weight.device.type == "cpu" and skips_pixels and is_narrow
+
+
+def _convolve_without_stride(convolution: nn.Conv2d, images: Tensor) -> Tensor:
+    rows, columns = convolution.stride
+    return functional.conv2d(images[:, :, ::rows, ::columns], convolution.weight, convolution.bias)
 
 
 def _is_depthwise(part: nn.Conv2d) -> bool:

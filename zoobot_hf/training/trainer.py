@@ -27,7 +27,7 @@ from zoobot_hf.publishing.run_folder import save_stage
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .augmentation import augment_galaxies, margin_of_turns
-from .depthwise import fast_depthwise_convolutions
+from .depthwise import fast_depthwise_convolutions, safe_strided_convolutions
 from .embedding_cache import StoredEmbeddings, Views, store_embeddings
 from .head_grid import HeadGrid, ModelWithHead
 from .layer_fusion import folded_batch_norms, probe_image
@@ -515,13 +515,17 @@ class UnfrozenStageTrainer(_StageTrainer):
         # MobileNetV2 on two cores: 35 images/s where the ordinary order gives 28.
         self.model.to(memory_format=torch.channels_last)
         try:
-            with fast_depthwise_convolutions(self.model), self._folded_batch_norms():
+            with (
+                fast_depthwise_convolutions(self.model),
+                safe_strided_convolutions(self.model),
+                self._folded_batch_norms(),
+            ):
                 return super().train(*args, **kwargs)
         finally:
             self.model.to(memory_format=torch.contiguous_format)  # safetensors saves no other
 
     def _folded_batch_norms(self) -> AbstractContextManager[None]:
-        """After `fast_depthwise_convolutions`, which would not see what this one makes of a convolution."""
+        """After the contexts of convolutions, which would not see what this one makes of them."""
         if self.model.device.type != "cpu" or self.args.torch_compile:
             return nullcontext()
         processor = self.processing_class
