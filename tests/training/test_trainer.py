@@ -508,7 +508,6 @@ def test_none_is_an_unknown_label(trainer_class, layer_norm_model, galaxies, pro
 @pytest.mark.parametrize(
     ("settings", "options", "name"),
     [
-        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
         ({"gradient_checkpointing": True}, {}, "gradient_checkpointing"),
         ({}, {"compute_loss_func": lambda *given: 0}, "compute_loss_func"),
     ],
@@ -550,6 +549,12 @@ def test_a_dataset_without_labels_is_refused(layer_norm_model, galaxies, process
         ({"zoom_range": 1.0}, "zoom_range is 1.0"),
         ({"max_shift": -0.1}, "max_shift is -0.1"),
         ({"embedding_steps": 0}, "embedding_steps is 0"),
+        (
+            {"label_smoothing_factor": 0.1},
+            r"label_smoothing_factor is 0\.1; .* configuration has label_smoothing: choose 0",
+        ),
+        ({"remove_unused_columns": True}, "remove_unused_columns is True; .*: choose False"),
+        ({"save_only_model": True}, "save_only_model is True; .*: choose False"),
     ],
 )
 def test_arguments_out_of_range_are_refused(changes, message, tmp_path):
@@ -560,6 +565,24 @@ def test_arguments_out_of_range_are_refused(changes, message, tmp_path):
 def test_a_layer_decay_above_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"layer_decay is 1\.5"):
         unfrozen_arguments(tmp_path, layer_decay=1.5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_greater_better"),
+    [
+        ("eval_loss", False),
+        ("eval_validation_loss", False),
+        ("log_loss", False),
+        ("mean_absolute_error", False),
+        ("eval_vote_root_mean_squared_error", False),
+        ("accuracy", True),
+        ("eval_vote_log_likelihood", True),
+    ],
+)
+def test_the_name_of_a_metric_says_whether_more_of_it_is_better(metric, is_greater_better, tmp_path):
+    assert frozen_arguments(tmp_path, metric_for_best_model=metric).greater_is_better is is_greater_better
+    given = frozen_arguments(tmp_path, metric_for_best_model=metric, greater_is_better=not is_greater_better)
+    assert given.greater_is_better is not is_greater_better
 
 
 def test_the_collator_leaves_labels_out_where_there_are_none(galaxies, processor):

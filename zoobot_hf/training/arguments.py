@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
 from .machine import trains_in_bf16, uses_bf16
 
@@ -42,6 +41,18 @@ MACHINE_ARGUMENTS = (
     "embedding_cache_dir",
 )
 
+# Arguments of Trainer's that a stage takes in one way alone, and why.
+FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "hub_strategy": ("end", "a stage is pushed in one commit"),
+    "label_smoothing_factor": (
+        0.0,
+        "it would smooth the validation loss too, which chooses checkpoints and stages, and the model's configuration "
+        "has label_smoothing",
+    ),
+    "remove_unused_columns": (False, "the batches are made of columns that the model doesn't take"),
+    "save_only_model": (False, "a stage that was killed goes on with the state of its optimizer"),
+}
+
 
 @dataclass
 class _StageArguments(TrainingArguments):
@@ -61,7 +72,7 @@ class _StageArguments(TrainingArguments):
     )
     early_stopping_patience: int | None = field(
         default=10,  # Zoobot 2.9.0, `get_trainer(patience=10)`
-        metadata={"help": "Epochs without a lower validation loss after which the stage ends."},
+        metadata={"help": "Evaluations, one an epoch, without a better result after which the stage ends."},
     )
 
     bf16: bool | None = field(
@@ -85,7 +96,10 @@ class _StageArguments(TrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str = field(default="eval_loss", metadata={"help": "What makes a checkpoint the best."})
-    greater_is_better: bool = field(default=False, metadata={"help": "Whether more of it is better."})
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Whether more of it is better; where absent, unless its name ends with loss or error."},
+    )
     save_total_limit: int = field(default=1, metadata={"help": "Checkpoints kept beside the best."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model doesn't take."})
     report_to: str | list[str] = field(default="none", metadata={"help": "Trackers that Trainer knows."})
@@ -130,11 +144,15 @@ class _StageArguments(TrainingArguments):
             self.dataloader_num_workers = self._workers_for_images() if on_gpu else 0
         if self.dataloader_persistent_workers is None or self.uses_embedding_cache:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0 and not self.uses_embedding_cache
+        # Trainer takes more of all but a loss for better.
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("error"):
+            self.greater_is_better = False
         super().__post_init__()
         # Pinning needs a device to copy to; without one PyTorch warns at every start of a loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
-        if self.hub_strategy != HubStrategy.END:
-            raise ValueError(f"hub_strategy is {self.hub_strategy!s}; a stage is pushed in one commit: choose 'end'.")
+        for name, (value, reason) in FIXED_ARGUMENTS.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} is {getattr(self, name)!s}; {reason}: choose {value!r}.")
         if not 0 <= self.zoom_range < 1:
             raise ValueError(f"zoom_range is {self.zoom_range}; give at least 0 and less than 1.")
         if not 0 <= self.max_shift < 1:

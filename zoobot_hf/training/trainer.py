@@ -340,14 +340,13 @@ class FrozenStageTrainer(_StageTrainer):
         of_grid = {
             "optimizers": kwargs.get("optimizers", (None, None)) != (None, None),
             "compute_loss_func": kwargs.get("compute_loss_func") is not None,
-            "label_smoothing_factor": args.label_smoothing_factor != 0,
             "gradient_checkpointing": args.gradient_checkpointing,
         }
         given = [name for name, is_given in of_grid.items() if is_given]
         if args.embedding_cache and given:
             raise ValueError(
                 f"{', '.join(given)} given, but the grid of heads has its own optimizer and loss, and no encoder to "
-                "train; leave it out (the model's configuration has label_smoothing), or set embedding_cache=False."
+                "train; leave it out, or set embedding_cache=False."
             )
         model.freeze_encoder()
         super().__init__(model, args, **kwargs)
