@@ -533,6 +533,18 @@ def test_the_frozen_stage_takes_a_model_in_half_precision(dtype, layer_norm_mode
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=0.02)
 
 
+@pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
+def test_the_last_batch_is_dropped_in_training_alone(trainer_class, layer_norm_model, galaxies, processor, tmp_path):
+    arguments = frozen_arguments if trainer_class is FrozenStageTrainer else unfrozen_arguments
+    changes = {"per_device_eval_batch_size": 3, "dataloader_drop_last": True, "num_train_epochs": 1}
+    settings = arguments(tmp_path, **changes, per_device_train_batch_size=16, augment=False)
+    trainer = train(trainer_class, layer_norm_model, settings, galaxies, processor)
+    assert trainer.state.global_step == 1  # of 24 galaxies
+    assert len(trainer.predict(galaxies).predictions) == len(galaxies)
+    trainer.compute_metrics = lambda predicted: {"count": len(predicted.label_ids)}
+    assert trainer.evaluate()["eval_count"] == 16
+
+
 def test_a_dataset_without_labels_is_refused(layer_norm_model, galaxies, processor, tmp_path):
     with pytest.raises(ValueError, match="no column label; it has id_str, image"):
         FrozenStageTrainer(

@@ -243,6 +243,15 @@ class _StageTrainer(Trainer):
         """
         return super().get_test_dataloader(_through_own_reader(test_dataset))
 
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
+        # Trainer would leave the last galaxies out of evaluations and predictions too.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The outputs; the loss is that of all galaxies together, whatever the size of the batches.
 
