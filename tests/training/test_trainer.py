@@ -470,6 +470,8 @@ def test_other_labels_are_refused_by_name(layer_norm_model, galaxies, processor,
         ([0.95] * 24, r"24 of 24 galaxies have no class.*row 0 has the label 0\.95"),
         ([0, 1, None] * 8, "8 of 24 galaxies have no class.*row 2 has the label nan"),
         ([[0, 1], [1]] * 12, "no numbers"),
+        ([0, 1, -1] * 8, "8 of 24 galaxies have no class, .* from 0 to 1: row 2 has the label -1"),
+        ([0, 2, 1] * 8, "8 of 24 galaxies have no class.*row 1 has the label 2"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels, message, layer_norm_model, galaxies, processor, tmp_path):
@@ -510,6 +512,7 @@ def test_none_is_an_unknown_label(trainer_class, layer_norm_model, galaxies, pro
     [
         ({"gradient_checkpointing": True}, {}, "gradient_checkpointing"),
         ({}, {"compute_loss_func": lambda *given: 0}, "compute_loss_func"),
+        ({}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.5})}, "optimizer_cls_and_kwargs"),
     ],
 )
 def test_what_a_grid_of_heads_can_not_use_is_refused(
@@ -533,6 +536,25 @@ def test_the_frozen_stage_takes_a_model_in_half_precision(dtype, layer_norm_mode
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=0.02)
 
 
+def test_the_unfrozen_stage_refuses_a_model_in_half_precision(layer_norm_model, galaxies, processor, tmp_path):
+    with pytest.raises(ValueError, match=r"the model is in torch\.bfloat16.*dtype=torch\.float32"):
+        train(UnfrozenStageTrainer, layer_norm_model.bfloat16(), unfrozen_arguments(tmp_path), galaxies, processor)
+
+
+def test_the_unfrozen_stage_takes_an_optimizer_of_the_users_own(layer_norm_model, galaxies, processor, tmp_path):
+    trainer = UnfrozenStageTrainer(
+        layer_norm_model,
+        unfrozen_arguments(tmp_path, layer_decay=0.5),
+        processing_class=processor,
+        eval_dataset=galaxies,
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.5, "momentum": 0.9}),
+    )
+    groups = trainer.create_optimizer().param_groups
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
+    assert {group["momentum"] for group in groups} == {0.9}
+    assert sorted({group["lr"] for group in groups}, reverse=True)[:3] == [0.5, 0.25, 0.125]
+
+
 @pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
 def test_the_last_batch_is_dropped_in_training_alone(trainer_class, layer_norm_model, galaxies, processor, tmp_path):
     arguments = frozen_arguments if trainer_class is FrozenStageTrainer else unfrozen_arguments
@@ -543,6 +565,24 @@ def test_the_last_batch_is_dropped_in_training_alone(trainer_class, layer_norm_m
     assert len(trainer.predict(galaxies).predictions) == len(galaxies)
     trainer.compute_metrics = lambda predicted: {"count": len(predicted.label_ids)}
     assert trainer.evaluate()["eval_count"] == 16
+
+
+@pytest.mark.parametrize("split", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.to_iterable_dataset(), r"of the type IterableDataset; .* without streaming=True"),
+        (lambda rows: rows.with_transform(lambda columns: {"pixel_values": columns["image"]}), "has a transform"),
+    ],
+)
+def test_streams_and_transforms_are_refused(
+    change, message, trainer_class, split, layer_norm_model, galaxies, processor, tmp_path
+):
+    arguments = frozen_arguments if trainer_class is FrozenStageTrainer else unfrozen_arguments
+    splits = {"train_dataset": galaxies, "eval_dataset": galaxies, split: change(galaxies)}
+    with pytest.raises(ValueError, match=message):
+        trainer_class(layer_norm_model, arguments(tmp_path), processing_class=processor, **splits)
 
 
 def test_a_dataset_without_labels_is_refused(layer_norm_model, galaxies, processor, tmp_path):

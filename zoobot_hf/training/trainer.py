@@ -348,6 +348,7 @@ class FrozenStageTrainer(_StageTrainer):
     def __init__(self, model: ModelWithHead, args: FrozenStageArguments, **kwargs: Any) -> None:
         of_grid = {
             "optimizers": kwargs.get("optimizers", (None, None)) != (None, None),
+            "optimizer_cls_and_kwargs": kwargs.get("optimizer_cls_and_kwargs") is not None,
             "compute_loss_func": kwargs.get("compute_loss_func") is not None,
             "gradient_checkpointing": args.gradient_checkpointing,
         }
@@ -497,7 +498,8 @@ class UnfrozenStageTrainer(_StageTrainer):
         **kwargs: What `Trainer` takes: `eval_dataset`, `compute_metrics`, `callbacks`, ...
 
     Raises:
-        ValueError: The dataset's labels aren't the model's, or the encoder hasn't that many blocks.
+        ValueError: The dataset's labels aren't the model's, the model isn't in float32, or the encoder hasn't that many
+            blocks.
     """
 
     args: UnfrozenStageArguments
@@ -505,6 +507,11 @@ class UnfrozenStageTrainer(_StageTrainer):
     optimizer: torch.optim.Optimizer | None
 
     def __init__(self, model: ModelWithHead, args: UnfrozenStageArguments, **kwargs: Any) -> None:
+        if model.dtype != torch.float32:
+            raise ValueError(
+                f"the model is in {model.dtype}, and the unfrozen stage trains weights in float32; load it with "
+                "dtype=torch.float32."
+            )
         model.unfreeze_encoder(args.last_blocks, keep_batch_norm_statistics=args.keep_batch_norm_statistics)
         super().__init__(model, args, **kwargs)
         self._average: WeightAverage | None = None
@@ -572,13 +579,14 @@ class UnfrozenStageTrainer(_StageTrainer):
             model: Not used; the trainer's own model is.
         """
         if self.optimizer is None:
+            given = self.optimizer_cls_and_kwargs
+            optimizer_class, settings = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = layer_decay_groups(
                 self.model,
-                learning_rate=self.args.learning_rate,
+                learning_rate=settings.get("lr", self.args.learning_rate),
                 layer_decay=self.args.layer_decay,
                 weight_decay=self.args.weight_decay,
             )
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             # Schedule-free optimizers, which Trainer puts into modes of their own, have a mean already.
             if self.args.average_weights and not hasattr(optimizer_class, "train"):
                 self._average = averaging(optimizer_class)(groups, **settings)
@@ -633,9 +641,15 @@ def check_labels(dataset: Dataset, model: ModelWithHead) -> None:
         model: The model.
 
     Raises:
-        ValueError: There is no `label`, or its names, or its vote columns, are others than the model's; labels are no
-            numbers, or a class is missing or no whole number; votes are negative or fractional, or there are none.
+        ValueError: It is a stream; there is no `label`, or its names, or its vote columns, are others than the model's;
+            labels are no numbers, or a class is missing or none of the model's; votes are negative or fractional, or
+            there are none.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"the dataset is of the type {type(dataset).__name__}; give a datasets.Dataset, which load_dataset gives "
+            "without streaming=True."
+        )
     if "label" not in dataset.features:
         raise ValueError(f"the dataset has no column label; it has {', '.join(dataset.column_names)}.")
     feature, columns = dataset.features["label"], _vote_columns(model)
@@ -690,11 +704,11 @@ def _vote_columns(model: ModelWithHead) -> list[str] | None:
 
 
 def _through_own_reader(dataset: Any) -> Any:
-    """Datasets of images without a transform of their own, so that the collator reads them; all others as they are."""
+    """Datasets of images, so that the collator reads them; all others as they are."""
     if isinstance(dataset, dict):
         return {name: _through_own_reader(split) for name, split in dataset.items()}
     is_images = isinstance(dataset, Dataset) and isinstance(dataset.features.get("image"), ImageFeature)
-    return undecoded(dataset) if is_images and dataset.format["type"] != "custom" else dataset
+    return undecoded(dataset) if is_images else dataset
 
 
 def _list_splits(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset]:
@@ -732,7 +746,7 @@ def _read_numbers(dataset: Dataset, model: ModelWithHead) -> npt.NDArray[Any]:
         if getattr(feature, "dtype", None) in ("string", "large_string"):
             raise ValueError("they are text")
         kind: type[np.floating[Any]] = np.float64 if is_single else np.float32
-        numbers = np.array(dataset["label"][:], dtype=kind)
+        numbers = np.array(dataset.with_format(None)["label"][:], dtype=kind)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the labels are {feature} and no numbers ({error}); make class names a ClassLabel with "
@@ -740,11 +754,13 @@ def _read_numbers(dataset: Dataset, model: ModelWithHead) -> npt.NDArray[Any]:
         ) from error
     if not is_single:
         return numbers
-    wrong = np.flatnonzero(numbers != np.round(numbers))  # of several labels, head_loss tells
+    classes = model.config.num_labels
+    wrong = np.flatnonzero(~np.isin(numbers, range(classes)))  # of several labels, head_loss tells
     if numbers.ndim == 1 and len(wrong):
         raise ValueError(
-            f"{len(wrong)} of {len(numbers)} galaxies have no class, which is a whole number: row {wrong[0]} has the "
-            f"label {numbers[wrong[0]]:g}; leave missing ones out, and learn fractions with problem_type='regression'."
+            f"{len(wrong)} of {len(numbers)} galaxies have no class, which is a whole number from 0 to {classes - 1}: "
+            f"row {wrong[0]} has the label {numbers[wrong[0]]:g}; leave out those whose class isn't known or none of "
+            "the model's, and learn fractions with problem_type='regression'."
         )
     return numbers.astype(np.int64)
 
