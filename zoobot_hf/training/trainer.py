@@ -3,7 +3,8 @@
 import functools
 import logging
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,12 @@ class WideFields:
 
 
 class _StageTrainer(Trainer):
-    """What both stages share: galaxies in, turned and mirrored in training; early stopping."""
+    """What both stages share: galaxies in, turned and mirrored in training; early stopping.
+
+    Many methods of `Trainer` are overridden, because each of these has a place of its own there: images are turned on
+    the device and read by the package's own reader, an evaluation's loss is that of all its galaxies, and checkpoints
+    are loaded whole.
+    """
 
     args: FrozenStageArguments | UnfrozenStageArguments
     stage_name: str
@@ -360,7 +366,7 @@ class FrozenStageTrainer(_StageTrainer):
             )
         model.freeze_encoder()
         super().__init__(model, args, **kwargs)
-        self.classifier = model
+        self.whole_model = model
         # By the datasets' identities, with the datasets, so that none of them passes its identity on.
         self._stored_while_training: dict[int, tuple[Dataset, StoredEmbeddings]] = {}
 
@@ -373,22 +379,16 @@ class FrozenStageTrainer(_StageTrainer):
         """
         if not self.args.embedding_cache:
             return super().train(*args, **kwargs)
-        images = self.train_dataset
-        embeddings = self._embeddings(images, views=self._views())
+        embeddings = self._embeddings(self.train_dataset, views=self._views())
         self._enlarge_batches(len(embeddings))
         # Without evaluations nothing could choose between heads.
-        grid_settings = GRID_OF_VOTES if isinstance(self.classifier, ZoobotForGalaxyZoo) else GRID
+        grid_settings = GRID_OF_VOTES if isinstance(self.whole_model, ZoobotForGalaxyZoo) else GRID
         is_judged = self.eval_dataset is not None and self.args.eval_strategy != "no"
         self.grid_settings = grid_settings if is_judged else ((1.0, 1.0),)
-        grid = HeadGrid(self.classifier, embeddings, count=len(self.grid_settings))
-        self.optimizer = self.lr_scheduler = None
-        self.train_dataset, self.model, self.model_wrapped = embeddings, grid, grid
-        try:
+        grid = HeadGrid(self.whole_model, embeddings, count=len(self.grid_settings))
+        with self._heads_in_place_of_the_model(grid, embeddings):
             output = super().train(*args, **kwargs)
-        finally:
-            self.train_dataset, self.model, self.model_wrapped = images, self.classifier, self.classifier
-            self._stored_while_training.clear()
-        self.classifier.head.load_state_dict(grid.winner().state_dict())
+        self.whole_model.head.load_state_dict(grid.winner().state_dict())
         rate, decay = self.grid_settings[int(grid.winning_head)]
         logger.info(
             "Of %d heads the one with learning rate %.2g and weight decay %.2g had the lowest validation loss.",
@@ -443,6 +443,18 @@ class FrozenStageTrainer(_StageTrainer):
             self.optimizer = optimizer_class(groups, **settings)
         return super().create_optimizer(model) if self.optimizer is None else self.optimizer
 
+    @contextmanager
+    def _heads_in_place_of_the_model(self, grid: HeadGrid, embeddings: StoredEmbeddings) -> Iterator[None]:
+        """Inside, what `Trainer` trains is the grid, on the embeddings and with an optimizer of its own."""
+        images = self.train_dataset
+        self.optimizer = self.lr_scheduler = None
+        self.train_dataset, self.model, self.model_wrapped = embeddings, grid, grid
+        try:
+            yield
+        finally:
+            self.train_dataset, self.model, self.model_wrapped = images, self.whole_model, self.whole_model
+            self._stored_while_training.clear()
+
     def _enlarge_batches(self, count: int) -> None:
         needed = math.ceil(count / (self.args.embedding_steps * self.args.world_size))
         if needed > self.args.per_device_train_batch_size:
@@ -468,7 +480,7 @@ class FrozenStageTrainer(_StageTrainer):
         if id(dataset) in self._stored_while_training:
             return self._stored_while_training[id(dataset)][1]
         stored = store_embeddings(
-            self.classifier,
+            self.whole_model,
             dataset,
             self.processing_class,
             views=views,
@@ -477,7 +489,7 @@ class FrozenStageTrainer(_StageTrainer):
             torch_compile=self.args.torch_compile,
             bf16=self.args.bf16,
         )
-        embeddings = StoredEmbeddings(stored, read_labels(dataset, self.classifier))
+        embeddings = StoredEmbeddings(stored, read_labels(dataset, self.whole_model))
         if isinstance(self.model, HeadGrid):
             self._stored_while_training[id(dataset)] = dataset, embeddings
         return embeddings
