@@ -172,7 +172,7 @@ def test_numbers_that_are_not_finite_are_named_with_their_galaxies(value, tmp_pa
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
-    with pytest.raises(CatalogError, match="no column 'ring', 'mag'; the columns are 'id_str', 'file_loc', 'bar'"):
+    with pytest.raises(CatalogError, match="no column 'ring', 'mag'; its columns are 'id_str', 'file_loc', 'bar'"):
         catalog_to_dataset(make_catalog(tmp_path, 1, bar=[1]), label_column="ring", keep_columns=["mag"])
 
 
@@ -315,7 +315,7 @@ def test_fractions_out_of_range_are_refused(validation, test, message):
 
 
 def test_a_missing_group_column_lists_the_columns():
-    with pytest.raises(CatalogError, match="no column 'field'; the columns are 'id_str', 'label'"):
+    with pytest.raises(CatalogError, match="no column 'field'; its columns are 'id_str', 'label'"):
         split_dataset(make_dataset([0, 1] * 9), seed=1, group_column="field")
 
 
@@ -415,9 +415,9 @@ def test_a_hub_label_that_is_missing_is_named(missing, hub):
 def test_a_column_that_the_hub_does_not_have_lists_what_is_there(hub):
     hub(datasets.DatasetDict(train=make_hub_split([0, 1])))
 
-    with pytest.raises(CatalogError, match="no column 'label'; the columns are 'iauname', 'picture', 'target'"):
+    with pytest.raises(CatalogError, match="no column 'label'; its columns are 'iauname', 'picture', 'target'"):
         load_galaxy_dataset("user/rings", label_column="label")
-    with pytest.raises(CatalogError, match="no column 'id_str', 'image'; the columns are 'iauname', 'picture'"):
+    with pytest.raises(CatalogError, match="no column 'id_str', 'image'; its columns are 'iauname', 'picture'"):
         load_galaxy_dataset("user/rings", label_column="target")
 
 

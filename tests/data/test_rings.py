@@ -119,9 +119,9 @@ def test_columns_can_have_other_names_and_a_miss_lists_what_is_there():
 
     assert keep_featured_face_on(galaxies, featured_column="featured", face_on_column="face_on").removed == 0
     assert label_rings_by_votes(galaxies, ring_fraction_column="ring").removed == 0
-    with pytest.raises(CatalogError, match=r"no column 'smooth.*'; the columns are 'id_str', 'featured', 'face_on'"):
+    with pytest.raises(CatalogError, match=r"no column 'smooth.*'; its columns are 'id_str', 'featured', 'face_on'"):
         keep_featured_face_on(galaxies)
-    with pytest.raises(CatalogError, match="no column 'rare-features_ring_fraction'; the columns are 'id_str'"):
+    with pytest.raises(CatalogError, match="no column 'rare-features_ring_fraction'; its columns are 'id_str'"):
         label_rings_by_votes(galaxies)
 
 

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, get_args
 import datasets
 import numpy as np
 
+from zoobot_hf.data.catalog import quote
+
 Strategy = Literal["oversample", "undersample"]
 
 
@@ -56,7 +58,7 @@ def balance_classes(split: datasets.Dataset, *, seed: int, strategy: Strategy) -
         ValueError: `strategy` is unknown; all rows are of one class; or what `measure_prevalence` refuses.
     """
     if strategy not in get_args(Strategy):
-        raise ValueError(f"strategy is {strategy!r}; it must be one of {', '.join(map(repr, get_args(Strategy)))}.")
+        raise ValueError(f"strategy is {strategy!r}; it must be one of {quote(get_args(Strategy))}.")
     sky_prevalence = measure_prevalence(split)
     labels = np.asarray(split["label"][:])
     classes, counts = np.unique(labels, return_counts=True)
@@ -73,14 +75,13 @@ def balance_classes(split: datasets.Dataset, *, seed: int, strategy: Strategy) -
 def _count_classes(split: datasets.Dataset) -> np.ndarray:
     if isinstance(split, datasets.DatasetDict):
         raise ValueError(
-            f"split is a DatasetDict with {', '.join(map(repr, split))}; balance the training split only: pass "
-            "split['train']."
+            f"split is a DatasetDict with {quote(split)}; balance the training split only: pass split['train']."
         )
     feature = split.features.get("label")
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
             f"the column 'label' is {feature or 'not there'} and no ClassLabel; the columns are "
-            f"{', '.join(map(repr, split.column_names))}. Load the galaxies with a label_column of classes."
+            f"{quote(split.column_names)}. Load the galaxies with a label_column of classes."
         )
     if len(split) == 0:
         raise ValueError("split has no rows, so no class has a share; give a split with galaxies.")

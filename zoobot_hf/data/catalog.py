@@ -107,7 +107,8 @@ def read_catalog(
     path = Path(path).absolute()
     table = _read_table(path)
     names = ["id_str", "file_loc"] if needs_locations or "file_loc" in table.columns else ["id_str"]
-    _check_columns(table, path=path, needed=[*names, *([label_column] if label_column else [])])
+    needed = [*names, *([label_column] if label_column else [])]
+    check_columns(table.columns, needed=needed, source=f"catalog {path}")
     if table.empty:
         raise CatalogError(f"catalog {path} has no rows; it needs one for each galaxy.")
     table = table.reset_index(drop=True)
@@ -268,6 +269,26 @@ def check_columns_fit(names: Iterable[str], *, path: str | Path) -> None:
             )
 
 
+def check_columns(names: Iterable[str], *, needed: Iterable[str], source: str) -> None:
+    """Nothing, if the columns that are needed are among those there are.
+
+    Args:
+        names: The columns there are.
+        needed: Those that have to be.
+        source: What has the columns, for the message: "catalog galaxies.csv".
+
+    Raises:
+        CatalogError: One is missing.
+    """
+    there = list(names)
+    missing = [name for name in needed if name not in there]
+    if missing:
+        raise CatalogError(
+            f"{source} has no column {quote(missing)}; its columns are {quote(there)}. Rename a column or name another "
+            "one."
+        )
+
+
 def check_labels_exist(identifiers: pd.Series, *, labels: pd.Series, column: str) -> None:
     """Nothing, if every galaxy has a label.
 
@@ -287,6 +308,15 @@ def check_labels_exist(identifiers: pd.Series, *, labels: pd.Series, column: str
         )
 
 
+def quote(names: Iterable[object]) -> str:
+    """Names for an error message: `'a', 'b'`.
+
+    Args:
+        names: What to list.
+    """
+    return ", ".join(repr(name) for name in names)
+
+
 def describe(values: Iterable[str]) -> str:
     """A list for an error message: the first five values, and how many there are.
 
@@ -297,16 +327,15 @@ def describe(values: Iterable[str]) -> str:
         For example `7 galaxies: 'a', 'b', 'c', 'd', 'e', ...`.
     """
     names = list(values)
-    first_five = ", ".join(repr(name) for name in names[:5])
     noun = "galaxy" if len(names) == 1 else "galaxies"
-    return f"{len(names)} {noun}: {first_five}{', ...' if len(names) > 5 else ''}"
+    return f"{len(names)} {noun}: {quote(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 
-def read_names(column: pd.Series, *, source: str) -> pd.Series:
+def read_names(column: pd.Series, *, source: str) -> list[str]:
     """A column of names as text without blanks around it.
 
     Args:
-        column: Text, bytes or integers, with the index 0, 1, ....
+        column: Text, bytes or integers.
         source: What the column is of, for the message: "catalog galaxies.csv".
 
     Raises:
@@ -317,13 +346,12 @@ def read_names(column: pd.Series, *, source: str) -> pd.Series:
             f"{source} has floating-point numbers in {column.name!r}, for example {column.iloc[0]}, "
             "which lose the last digits of a long name; save the column as text or integers."
         )
-    text = column.map(lambda value: value.decode() if isinstance(value, bytes) else str(value), na_action="ignore")
-    text = text.astype(object).where(text.notna(), "").astype(str).str.strip()
-    missing = text == ""
-    if missing.any():
+    values = zip(column.tolist(), column.isna().tolist(), strict=True)
+    text = ["" if is_missing else _decode(value).strip() for value, is_missing in values]
+    if "" in text:
         raise CatalogError(
-            f"{source} has no {column.name!r} in {missing.sum()} of {len(text)} rows, the first of them row "
-            f"{int(missing.to_numpy().argmax()) + 1}; fill the column or leave these rows out."
+            f"{source} has no {column.name!r} in {text.count('')} of {len(text)} rows, the first of them row "
+            f"{text.index('') + 1}; fill the column or leave these rows out."
         )
     return text
 
@@ -493,13 +521,8 @@ def _mask_undefined_logicals(table: Table, path: Path) -> None:
                 table[name] = MaskedColumn(table[name], mask=is_undefined)
 
 
-def _check_columns(table: pd.DataFrame, *, path: Path, needed: list[str]) -> None:
-    missing = [name for name in needed if name not in table.columns]
-    if missing:
-        raise CatalogError(
-            f"catalog {path} has no column {', '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(map(repr, table.columns))}. Rename a column or name another one."
-        )
+def _decode(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _check_identifiers_are_unique(identifiers: pd.Series, *, path: Path) -> None:

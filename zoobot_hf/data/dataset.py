@@ -9,7 +9,7 @@ FITS images take the column without decoding, `dataset.cast_column("image", data
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import datasets
 import numpy as np
@@ -19,9 +19,11 @@ import pyarrow as pa
 from zoobot_hf.data.catalog import (
     IMAGE_SUFFIXES,
     CatalogError,
+    check_columns,
     check_labels_exist,
     describe,
     find_catalog,
+    quote,
     read_galaxies,
     read_image_folder,
     read_names,
@@ -76,7 +78,8 @@ def catalog_to_dataset(
         ValueError: `problem_type` is unknown, or asks for one label column and got several.
     """
     columns = _list_columns(label_column, problem_type=problem_type)
-    _check_columns(catalog.columns, needed=["id_str", "file_loc", *columns, *keep_columns])
+    needed = ["id_str", "file_loc", *columns, *keep_columns]
+    check_columns(catalog.columns, needed=needed, source="the catalog")
     _check_kept(keep_columns, taken=["id_str", "file_loc", "image"])
     table = catalog[["id_str", "file_loc", *keep_columns]].rename(columns={"file_loc": "image"})
     features = datasets.Features.from_arrow_schema(pa.Schema.from_pandas(table, preserve_index=False))
@@ -237,8 +240,8 @@ def read_votes(dataset: datasets.Dataset, tree: DecisionTree) -> np.ndarray:
     columns = list(feature) if isinstance(feature, dict) else []
     if columns != tree.vote_columns:
         raise ValueError(
-            f"the dataset's votes are {_quote(columns[:5]) or 'not there'}, those of the decision tree {tree.name!r} "
-            f"{_quote(tree.vote_columns[:5])}, ...; load it with this tree, or use the one it was loaded with."
+            f"the dataset's votes are {quote(columns[:5]) or 'not there'}, those of the decision tree {tree.name!r} "
+            f"{quote(tree.vote_columns[:5])}, ...; load it with this tree, or use the one it was loaded with."
         )
     table = dataset.select_columns(["label"]).flatten().to_pandas()
     return np.asarray(table[[f"label.{column}" for column in columns]].to_numpy(dtype="float32"))
@@ -276,7 +279,7 @@ def split_dataset(
     _check_fractions(validation_fraction=validation_fraction, test_fraction=test_fraction)
     splits = dict(dataset) if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
     if "train" not in splits:
-        raise ValueError(f"dataset has the splits {_quote(splits)} and no 'train'; rename the one to train on.")
+        raise ValueError(f"dataset has the splits {quote(splits)} and no 'train'; rename the one to train on.")
     groups = {name: _read_groups(split, group_column=group_column) for name, split in splits.items()}
     _check_groups_are_disjoint(groups)
     fractions = {"validation": validation_fraction, "test": test_fraction}
@@ -290,7 +293,7 @@ def split_dataset(
 
 def _list_columns(label_column: str | Sequence[str] | None, *, problem_type: ProblemType) -> list[str]:
     if problem_type not in get_args(ProblemType):
-        raise ValueError(f"problem_type is {problem_type!r}; it must be one of {_quote(get_args(ProblemType))}.")
+        raise ValueError(f"problem_type is {problem_type!r}; it must be one of {quote(get_args(ProblemType))}.")
     if label_column is None:
         return []
     columns = [label_column] if isinstance(label_column, str) else list(label_column)
@@ -345,7 +348,7 @@ def _find_split_folders(folder: Path) -> dict[str, Path]:
     found = {split: folder / name for name, split in _SPLIT_OF_FOLDER.items() if name in names}
     if len(found) < len(names):
         raise CatalogError(
-            f"folder {folder} has splits, in the subfolders {_quote(sorted(names))}; beside 'train' there may be "
+            f"folder {folder} has splits, in the subfolders {quote(sorted(names))}; beside 'train' there may be "
             "'test' and one of 'validation', 'val', 'valid' and 'dev', so rename or move the others."
         )
     return found
@@ -363,7 +366,7 @@ def _load_hub_dataset(source: str, *, configuration: str | None, revision: str |
 
 
 def _read_labels(split: datasets.Dataset, *, columns: list[str]) -> pd.DataFrame:
-    _check_columns(split.column_names, needed=columns)
+    check_columns(split.column_names, needed=columns, source="the dataset")
     table: pd.DataFrame = split.select_columns(columns).to_pandas() if columns else pd.DataFrame()
     for column in columns:
         if isinstance(split.features[column], datasets.ClassLabel):
@@ -377,7 +380,7 @@ def _rename_columns(
     split: datasets.Dataset, *, split_name: str, id_column: str | None, image_column: str, keep_columns: Sequence[str]
 ) -> datasets.Dataset:
     needed = [image_column, *keep_columns] if id_column is None else [id_column, image_column, *keep_columns]
-    _check_columns(split.column_names, needed=needed)
+    check_columns(split.column_names, needed=needed, source="the dataset")
     _check_kept(keep_columns, taken=["id_str", "image", id_column, image_column])
     dataset = split.select_columns(needed)
     if id_column is None:
@@ -433,8 +436,8 @@ def _check_vote_columns(there: Sequence[str] | pd.Index, tree: DecisionTree) -> 
     missing = [column for column in tree.vote_columns if column not in there]
     if missing:
         raise CatalogError(
-            f"no vote column {_quote(missing[:10])}, {len(missing)} in all, of the decision tree {tree.name!r}; the "
-            f"columns are {_quote(there)}. Rename them, or choose the tree that they belong to."
+            f"no vote column {quote(missing[:10])}, {len(missing)} in all, of the decision tree {tree.name!r}; the "
+            f"columns are {quote(there)}. Rename them, or choose the tree that they belong to."
         )
     # A column of the tree may itself begin with a question's name and "_", when that is another question's too.
     prefixes = tuple(f"{question.name}_" for question in tree.questions)
@@ -446,7 +449,7 @@ def _check_vote_columns(there: Sequence[str] | pd.Index, tree: DecisionTree) -> 
     ]
     if unknown:
         raise CatalogError(
-            f"the decision tree {tree.name!r} doesn't have the vote column {_quote(unknown)}; add these answers to "
+            f"the decision tree {tree.name!r} doesn't have the vote column {quote(unknown)}; add these answers to "
             "the tree, or, if they are none, rename or leave out these columns."
         )
 
@@ -459,7 +462,7 @@ def _add_votes(dataset: datasets.Dataset, *, votes: pd.DataFrame, tree: Decision
         names = is_wrong.columns[is_wrong.any()].tolist()
         galaxies = np.flatnonzero(is_wrong.any(axis=1))
         raise CatalogError(
-            f"votes hold {votes[names[0]][is_wrong[names[0]]].tolist()[0]!r} in the column {_quote(names[:5])}"
+            f"votes hold {votes[names[0]][is_wrong[names[0]]].tolist()[0]!r} in the column {quote(names[:5])}"
             f"{', ...' if len(names) > 5 else ''} for {describe(dataset.select(galaxies)['id_str'][:])}; give counts "
             "of volunteers, whole and not negative, and no fractions."
         )
@@ -481,7 +484,7 @@ def _check_questions_are_whole(dataset: datasets.Dataset, *, counts: pd.DataFram
         if is_partial.any():
             raise CatalogError(
                 f"the question {question.name!r} misses the votes in "
-                f"{_quote(is_missing.columns[is_missing[is_partial].any()])} and has others, for "
+                f"{quote(is_missing.columns[is_missing[is_partial].any()])} and has others, for "
                 f"{describe(dataset.select(np.flatnonzero(is_partial))['id_str'][:])}; give 0 where nobody chose an "
                 "answer, and leave all of a question's votes out where they are not known."
             )
@@ -521,8 +524,8 @@ def _encode_classes(labels: pd.Series, *, names: Sequence[str]) -> list[int]:
     unknown = sorted(set(texts) - set(numbers))
     if unknown:
         raise CatalogError(
-            f"column {labels.name!r} has the labels {_quote(unknown[:5])}, {len(unknown)} in all, which are not among "
-            f"label_names {_quote(names)}; correct the labels or pass other label_names."
+            f"column {labels.name!r} has the labels {quote(unknown[:5])}, {len(unknown)} in all, which are not among "
+            f"label_names {quote(names)}; correct the labels or pass other label_names."
         )
     return [numbers[text] for text in texts]
 
@@ -544,17 +547,11 @@ def _encode_numbers(identifiers: pd.Series, labels: pd.DataFrame, *, zero_or_one
     return values
 
 
-def _check_columns(there: Sequence[str] | pd.Index, *, needed: Sequence[str]) -> None:
-    missing = [name for name in needed if name not in there]
-    if missing:
-        raise CatalogError(f"no column {_quote(missing)}; the columns are {_quote(there)}. Name one of these.")
-
-
 def _check_kept(names: Sequence[str], *, taken: Sequence[str | None]) -> None:
     twice = [name for name in names if name in taken]
     if twice:
         raise CatalogError(
-            f"keep_columns names {_quote(twice)}, and the dataset has names, images and labels anyway, as 'id_str', "
+            f"keep_columns names {quote(twice)}, and the dataset has names, images and labels anyway, as 'id_str', "
             "'image' and 'label'; leave it out, or rename the column."
         )
 
@@ -568,7 +565,7 @@ def _check_fractions(**fractions: float) -> None:
 
 
 def _read_groups(split: datasets.Dataset, *, group_column: str) -> pd.Series:
-    _check_columns(split.column_names, needed=[group_column])
+    check_columns(split.column_names, needed=[group_column], source="the dataset")
     groups: pd.Series = split.select_columns([group_column]).to_pandas()[group_column]
     if groups.isna().any():
         raise ValueError(
@@ -642,7 +639,3 @@ def _check_strata(stratum_of_group: pd.Series, *, number_of_splits: int) -> None
             f"class {counts.idxmin()!r} has {counts.min()} {'galaxy' if counts.min() == 1 else 'galaxies'}, fewer than "
             f"the {number_of_splits} splits; add galaxies, or leave the class out."
         )
-
-
-def _quote(names: Any) -> str:
-    return ", ".join(repr(name) for name in names)

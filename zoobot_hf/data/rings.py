@@ -29,7 +29,7 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 
-from zoobot_hf.data.catalog import CatalogError
+from zoobot_hf.data.catalog import check_columns
 from zoobot_hf.data.dataset import (
     TEST_FRACTION,
     VALIDATION_FRACTION,
@@ -216,10 +216,7 @@ def label_rings_by_votes(galaxies: datasets.Dataset, *, ring_fraction_column: st
 
 
 def _read_fractions(galaxies: datasets.Dataset, *, column: str) -> np.ndarray:
-    if column not in galaxies.column_names:
-        raise CatalogError(
-            f"no column {column!r}; the columns are {', '.join(map(repr, galaxies.column_names))}. Name one of these."
-        )
+    check_columns(galaxies.column_names, needed=[column], source="the dataset")
     return np.asarray(galaxies[column][:], dtype="float64")
 
 

@@ -16,7 +16,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
-from zoobot_hf.data.catalog import CatalogError
+from zoobot_hf.data.catalog import CatalogError, quote
 from zoobot_hf.data.images import UnreadableImageError, read_ahead
 
 from .galaxies import Row
@@ -101,8 +101,7 @@ def _find_files(source: HubDataset) -> tuple[str, list[str]]:
     split = next(iter(splits)) if source.split is None and len(splits) == 1 else source.split
     if split not in splits:
         raise CatalogError(
-            f"split is {split!r}, and the dataset {source.name} has {', '.join(map(repr, splits))}; choose one of "
-            "these."
+            f"split is {split!r}, and the dataset {source.name} has {quote(splits)}; choose one of these."
         )
     return split, splits[split]
 
@@ -124,7 +123,7 @@ def _check_columns(schema: pa.Schema, source: HubDataset) -> None:
         if name not in schema.names:
             raise CatalogError(
                 f"the dataset {source.name} has no column {name!r}; its columns are "
-                f"{', '.join(map(repr, schema.names))}. Name another one, or number the rows with an id_column of None."
+                f"{quote(schema.names)}. Name another one, or number the rows with an id_column of None."
             )
     kind = schema.field(source.image_column).type
     content = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind

@@ -21,10 +21,12 @@ import pyarrow.parquet as pq
 from zoobot_hf.data.catalog import (
     CATALOG_FORMATS,
     CatalogError,
+    check_columns,
     describe,
     find_catalog,
     read_csv_header,
     read_galaxies,
+    read_names,
 )
 from zoobot_hf.data.dataset import HUB_IDENTIFIER
 
@@ -198,7 +200,7 @@ def _read_parts(source: Source) -> Iterator[pd.DataFrame]:
         return
     if isinstance(source, HubDataset):
         for piece in read_hub_dataset(source):
-            yield piece.assign(id_str=_as_text(piece["id_str"], path=source.name))
+            yield piece.assign(id_str=read_names(piece["id_str"], source=f"a part of {source.name}"))
         return
     for path in _find_files(source):
         suffix = path.suffix.lower()
@@ -235,14 +237,14 @@ def _find_files(source: str | Path) -> list[Path]:
 
 def _parquet_parts(path: Path) -> Iterator[pd.DataFrame]:
     with pq.ParquetFile(path) as file:
-        _check_columns(file.schema_arrow.names, path=path)
+        check_columns(file.schema_arrow.names, needed=NEEDED, source=f"catalog {path}")
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=NEEDED):
             # What pandas has written says which columns are its index; to a catalog they are columns.
             yield batch.to_pandas(ignore_metadata=True)
 
 
 def _csv_parts(path: Path) -> Iterator[pd.DataFrame]:
-    _check_columns(read_csv_header(path), path=path)
+    check_columns(read_csv_header(path), needed=NEEDED, source=f"catalog {path}")
     # As they are written: a galaxy may be called "007", and one called "NA" is not missing. Without index_col=False, a
     # comma at the end of every row makes an index of the first column.
     with pd.read_csv(
@@ -251,41 +253,11 @@ def _csv_parts(path: Path) -> Iterator[pd.DataFrame]:
         yield from parts
 
 
-def _check_columns(names: list[str], *, path: Path) -> None:
-    missing = [name for name in NEEDED if name not in names]
-    if missing:
-        raise CatalogError(
-            f"catalog {path} has no column {', '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(map(repr, names))}. Rename a column or name another one."
-        )
-
-
 def _as_rows(part: pd.DataFrame, *, path: Path) -> pd.DataFrame:
-    _check_columns(list(part.columns), path=path)
-    columns = {name: _as_text(part[name], path=path) for name in NEEDED}
+    check_columns(part.columns, needed=NEEDED, source=f"catalog {path}")
+    columns = {name: read_names(part[name], source=f"a part of catalog {path}") for name in NEEDED}
     columns["file_loc"] = [os.path.join(path.parent, location) for location in columns["file_loc"]]
     return pd.DataFrame(columns, dtype=object)
-
-
-def _as_text(column: pd.Series, *, path: Path | str) -> list[str]:
-    if pd.api.types.is_float_dtype(column) and column.notna().all() and len(column):
-        raise CatalogError(
-            f"catalog {path} has floating-point numbers in {column.name!r}, for example {column.iloc[0]}, "
-            "which lose the last digits of a long name; save the column as text or integers."
-        )
-    is_missing = column.isna().tolist()
-    values = zip(column.tolist(), is_missing, strict=True)
-    text = ["" if missing else _decode(value).strip() for value, missing in values]
-    if "" in text:
-        raise CatalogError(
-            f"catalog {path} has no {column.name!r} in {text.count('')} of {len(text)} rows that were read together; "
-            "fill the column or leave these rows out."
-        )
-    return text
-
-
-def _decode(value: object) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _hash_rows(piece: pd.DataFrame) -> npt.NDArray[np.uint64]:
