@@ -33,6 +33,24 @@ def prediction_table(
     return table
 
 
+def judged_table(
+    identifiers: Sequence[str], probabilities: ArrayLike, labels: ArrayLike, *, label_names: Sequence[str]
+) -> pd.DataFrame:
+    """The prediction table of a single label, with the true `label` and the `probability_of_label` that it was given.
+
+    Args:
+        identifiers: As in `prediction_table`.
+        probabilities: After softmax, (galaxies, labels).
+        labels: Class numbers, (galaxies,).
+        label_names: As in `prediction_table`.
+    """
+    values, classes = np.asarray(probabilities), np.asarray(labels)
+    table = prediction_table(identifiers, values, label_names=label_names, problem_type="single_label_classification")
+    table.insert(1, "label", [label_names[index] for index in classes])
+    table["probability_of_label"] = values[np.arange(len(classes)), classes]
+    return table
+
+
 def probability_columns(label_names: Sequence[str]) -> list[str]:
     """The columns of a prediction table that hold probabilities, in the order of the labels.
 

@@ -40,7 +40,7 @@ from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for_trainer, scor
 from zoobot_hf.evaluation.plots import plot_galaxy_sheet, shown_name
 from zoobot_hf.evaluation.probability_plots import plot_reliability, plot_roc_and_precision_recall
 from zoobot_hf.evaluation.scores import Scores, score_probabilities
-from zoobot_hf.evaluation.tables import prediction_table, probability_columns
+from zoobot_hf.evaluation.tables import judged_table, probability_columns
 from zoobot_hf.models.heads import build_head, effective_training_prevalence
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
@@ -203,7 +203,8 @@ def cross_validate(
             temperatures.append(calibration.temperature[0])
             rows += [_row(fold, stage, labels[test], is_kept=stage is kept) for stage in stages]
             _report(fold, folds, next(row for row in rows[-len(stages) :] if row["is_kept"]), calibration)
-    table = _table(galaxies, labels, at_sky, fold_of, model)
+    table = judged_table(galaxies["id_str"][:], at_sky, labels, label_names=model.config.label_names)
+    table["fold"] = fold_of
     return _judge(table, at_sky, probabilities, labels, sky, model, pd.DataFrame(rows), temperatures, duplicates)
 
 
@@ -481,17 +482,6 @@ def _report(fold: int, folds: int, row: dict[str, Any], calibration: Calibration
         row["roc_auc"],
         calibration.temperature[0],
     )
-
-
-def _table(
-    galaxies: Dataset, labels: Integers, probabilities: Floats, fold_of: Integers, model: ZoobotForImageClassification
-) -> pd.DataFrame:
-    names = model.config.label_names
-    table = prediction_table(galaxies["id_str"][:], probabilities, label_names=names, problem_type=SINGLE_LABEL)
-    table.insert(1, "label", [names[label] for label in labels])
-    table["probability_of_label"] = probabilities[np.arange(len(labels)), labels]
-    table["fold"] = fold_of
-    return table
 
 
 def _judge(

@@ -18,10 +18,10 @@ from zoobot_hf.data.catalog import write_catalog
 from zoobot_hf.data.dataset import HUB_IDENTIFIER
 from zoobot_hf.evaluation.intervals import CONFIDENCE
 from zoobot_hf.evaluation.judgement import Judgement
-from zoobot_hf.evaluation.metrics import metrics_for, truth_of_label
+from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for, truth_of_label
 from zoobot_hf.evaluation.scores import CALIBRATION_ERROR_BY_CHANCE, LABELLED_GALAXIES, Scores
 from zoobot_hf.evaluation.selection import Selection
-from zoobot_hf.evaluation.tables import prediction_table
+from zoobot_hf.evaluation.tables import judged_table, prediction_table
 from zoobot_hf.evaluation.vote_metrics import score_votes
 from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
@@ -312,21 +312,16 @@ def _test_predictions(
 
 def _judged_table(model: ModelWithHead, judgement: Judgement | None, test: Dataset) -> pd.DataFrame | None:
     """The table with the probabilities for the test galaxies as they are; None where no galaxy has a single label."""
-    if judgement is None or model.config.problem_type != "single_label_classification":
+    if judgement is None or model.config.problem_type != SINGLE_LABEL:
         return None
     return _table_of(model, test, judgement.probabilities_as_labelled)
 
 
 def _table_of(model: ModelWithHead, test: Dataset, predictions: npt.NDArray[np.floating[Any]]) -> pd.DataFrame:
-    config = model.config
-    table = prediction_table(
-        test["id_str"][:], predictions, label_names=config.label_names, problem_type=config.problem_type
-    )
-    if config.problem_type == "single_label_classification":
-        labels = np.asarray(test["label"])
-        table.insert(1, "label", [config.label_names[index] for index in labels])
-        table["probability_of_label"] = predictions[np.arange(len(labels)), labels]
-    return table
+    config, identifiers = model.config, test["id_str"][:]
+    if config.problem_type == SINGLE_LABEL:
+        return judged_table(identifiers, predictions, test["label"], label_names=config.label_names)
+    return prediction_table(identifiers, predictions, label_names=config.label_names, problem_type=config.problem_type)
 
 
 def count_labels(dataset: DatasetDict) -> dict[str, dict[str, int]]:
