@@ -40,8 +40,8 @@ CONFIDENT_MAJORITY = 0.8  # Walmsley et al. 2022, MNRAS 509, 3966: volunteers wh
 CASES_AT_ONCE = 20000
 
 
-class _Asked(NamedTuple):
-    """A question's answers, for the galaxies that were asked it."""
+class AskedGalaxies(NamedTuple):
+    """A question's answers, (galaxies, answers), for the galaxies that were asked it."""
 
     concentrations: Floats
     votes: Floats
@@ -49,10 +49,12 @@ class _Asked(NamedTuple):
 
     @property
     def volunteers(self) -> Floats:
+        """How many answered the question, (galaxies,)."""
         return np.asarray(self.votes.sum(axis=1))
 
     @property
     def observed_fractions(self) -> Floats:
+        """The share of them that gave each answer, (galaxies, answers)."""
         return np.asarray(self.votes / self.volunteers[:, None])
 
 
@@ -88,12 +90,12 @@ class VoteMetric(_MetricInMemory):
         votes = np.asarray(references, dtype=np.float64)
         _check(concentrations, votes, self.layout)
         scores = {}
-        for name, asked in _asked_by_question(concentrations, votes, self.layout, least_votes=self.least_votes):
+        for name, asked in asked_by_question(concentrations, votes, self.layout, least_votes=self.least_votes):
             scores[f"{self.name}_{name}"] = self._score_question(asked) if len(asked.votes) else float("nan")
         defined = [score for score in scores.values() if not np.isnan(score)]
         return {self.name: float(np.mean(defined)) if defined else float("nan"), **scores}
 
-    def _score_question(self, asked: _Asked) -> float:
+    def _score_question(self, asked: AskedGalaxies) -> float:
         """The score of one question, for one galaxy or more."""
         raise NotImplementedError
 
@@ -121,7 +123,7 @@ class VoteAccuracy(VoteMetric):
         self.majority = majority
         super().__init__(decision_tree, least_votes=least_votes, **options)
 
-    def _score_question(self, asked: _Asked) -> float:
+    def _score_question(self, asked: AskedGalaxies) -> float:
         is_confident = asked.observed_fractions.max(axis=1) > self.majority
         if not is_confident.any():
             return float("nan")
@@ -134,7 +136,7 @@ class VoteMeanAbsoluteError(VoteMetric):
 
     summary = "Mean absolute error of vote fractions, 0-1."
 
-    def _score_question(self, asked: _Asked) -> float:
+    def _score_question(self, asked: AskedGalaxies) -> float:
         return float(np.abs(asked.predicted_fractions - asked.observed_fractions).mean())
 
 
@@ -143,7 +145,7 @@ class VoteRootMeanSquaredError(VoteMetric):
 
     summary = "Root of the mean squared error of vote fractions, 0-1."
 
-    def _score_question(self, asked: _Asked) -> float:
+    def _score_question(self, asked: AskedGalaxies) -> float:
         return float(np.sqrt(np.square(asked.predicted_fractions - asked.observed_fractions).mean()))
 
 
@@ -156,7 +158,7 @@ class VoteLogLikelihood(VoteMetric):
 
     summary = "Mean logarithm of the probability of the votes, in nats, 0 or less; higher is better."
 
-    def _score_question(self, asked: _Asked) -> float:
+    def _score_question(self, asked: AskedGalaxies) -> float:
         answers = asked.votes.shape[1]
         columns = [str(number) for number in range(answers)]
         one_question = TreeLayout(
@@ -177,7 +179,7 @@ class VoteIntervalCoverage(VoteMetric):
 
     summary = "Share of vote counts inside their 90% interval, 0-1; 0.9 is right."
 
-    def _score_question(self, asked: _Asked) -> float:
+    def _score_question(self, asked: AskedGalaxies) -> float:
         volunteers = np.repeat(asked.volunteers, asked.votes.shape[1])
         concentrations = asked.concentrations
         others = concentrations.sum(axis=1, keepdims=True) - concentrations
@@ -250,7 +252,7 @@ def score_votes(
     names = [metric(decision_tree).name for metric in _VOTE_METRICS]
     values, layout = np.asarray(votes, dtype=np.float64), tree_layout(decision_tree)
     questions = {}
-    for question, asked in _asked_by_question(np.asarray(concentrations), values, layout, least_votes=1):
+    for question, asked in asked_by_question(np.asarray(concentrations), values, layout):
         is_known = asked.volunteers >= CONFIDENT_VOTES
         is_confident = is_known & (asked.votes.max(axis=1) > CONFIDENT_MAJORITY * asked.volunteers)
         counts = {"asked": len(asked.votes), "confident": int(is_confident.sum())}
@@ -281,12 +283,7 @@ def coverage_of_probabilities(
     truth = np.asarray(probabilities, dtype=np.float64)
     lower, upper = vote_fraction_intervals(concentrations, layout, share=share)
     is_inside = (truth >= lower) & (truth <= upper)
-    shares = {}
-    for number, name in enumerate(layout.question_names):
-        columns = layout.question_of_answer == number
-        known = ~np.isnan(truth[:, columns])
-        shares[name] = float(is_inside[:, columns][known].mean()) if known.any() else float("nan")
-    return shares
+    return _mean_by_question(np.where(np.isnan(truth), np.nan, is_inside), layout)
 
 
 def error_of_probabilities(
@@ -306,23 +303,49 @@ def error_of_probabilities(
     """
     layout = tree_layout(decision_tree)
     distances = np.abs(expected_vote_fractions(concentrations, layout) - np.asarray(probabilities, dtype=np.float64))
-    errors = {}
-    for number, name in enumerate(layout.question_names):
-        of_question = distances[:, layout.question_of_answer == number]
-        known = ~np.isnan(of_question)
-        errors[name] = float(of_question[known].mean()) if known.any() else float("nan")
-    return errors
+    return _mean_by_question(distances, layout)
 
 
-def _asked_by_question(
-    concentrations: Floats, votes: Floats, layout: TreeLayout, *, least_votes: int
-) -> Iterator[tuple[str, _Asked]]:
+def were_asked(votes: Floats, layout: TreeLayout, *, least_votes: int = 1) -> Booleans:
+    """Whether each galaxy was asked each question, (galaxies, questions).
+
+    Args:
+        votes: Counts, (galaxies, answers), NaN where they are missing.
+        layout: Of the decision tree.
+        least_votes: How many votes on a question a galaxy needs to count; at least 1.
+    """
+    questions = range(len(layout.question_names))
+    totals = [votes[:, layout.question_of_answer == number].sum(axis=1) for number in questions]
+    # NaN is not at least any number, so a missing question is not asked.
+    return np.asarray(np.stack(totals, axis=1) >= max(least_votes, 1))
+
+
+def asked_by_question(
+    concentrations: Floats, votes: Floats, layout: TreeLayout, *, least_votes: int = 1
+) -> Iterator[tuple[str, AskedGalaxies]]:
+    """Each question's name, and the answers of the galaxies that were asked it.
+
+    Args:
+        concentrations: What a model predicts, (galaxies, answers).
+        votes: As in `were_asked`.
+        layout: As in `were_asked`.
+        least_votes: As in `were_asked`.
+    """
     fractions = expected_vote_fractions(concentrations, layout)
+    is_asked = were_asked(votes, layout, least_votes=least_votes)
     for number, name in enumerate(layout.question_names):
-        columns = layout.question_of_answer == number
-        # NaN is not at least any number, so a missing question is not asked.
-        is_asked = votes[:, columns].sum(axis=1) >= max(least_votes, 1)
-        yield name, _Asked(*(values[is_asked][:, columns] for values in (concentrations, votes, fractions)))
+        cells = np.ix_(is_asked[:, number], layout.question_of_answer == number)
+        yield name, AskedGalaxies(concentrations[cells], votes[cells], fractions[cells])
+
+
+def _mean_by_question(values: Floats, layout: TreeLayout) -> dict[str, float]:
+    """The mean over galaxies and answers where the value is not NaN; NaN for a question without one."""
+    means = {}
+    for number, name in enumerate(layout.question_names):
+        of_question = values[:, layout.question_of_answer == number]
+        known = of_question[~np.isnan(of_question)]
+        means[name] = float(known.mean()) if len(known) else float("nan")
+    return means
 
 
 def _share_inside(counts: Floats, volunteers: Floats, concentrations: Floats, others: Floats) -> Floats:

@@ -3,7 +3,6 @@
 In the style of `plots`: a PNG that is readable in grey, made without pyplot's global state.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from zoobot_hf.models.votes import expected_vote_fractions, tree_layout
+from zoobot_hf.models.votes import tree_layout
 
 from .plots import DOTS_PER_INCH, FONT_SIZE, PAGE_WIDTH, SMALL_FONT_SIZE
+from .vote_metrics import asked_by_question
 
 COLUMNS = 4  # panels in a row
 BINS = 10
@@ -56,7 +56,10 @@ def plot_vote_fractions(
             f"concentrations have the shape {np.shape(concentrations)} and votes {counts.shape}; pass (galaxies, "
             f"{len(layout.vote_columns)}) for both: the decision tree's answers."
         )
-    panels = list(_asked_questions(concentrations, counts, decision_tree, least_votes=least_votes))
+    asked = asked_by_question(np.asarray(concentrations), counts, layout, least_votes=least_votes)
+    panels = [
+        (question, own) for question, (_, own) in zip(decision_tree["questions"], asked, strict=True) if len(own.votes)
+    ]
     if not panels:
         raise ValueError(f"no galaxy has {least_votes} votes on any question; pass votes, or a smaller least_votes.")
     columns = min(COLUMNS, len(panels))
@@ -66,25 +69,11 @@ def plot_vote_fractions(
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel in axes.ravel()[len(panels) :]:
         panel.set_axis_off()
-    for panel, (question, expected, observed) in zip(axes.ravel(), panels, strict=False):
-        _draw_question(panel, question, expected=expected, observed=observed)
+    for panel, (question, own) in zip(axes.ravel(), panels, strict=False):
+        _draw_question(panel, question, expected=own.predicted_fractions, observed=own.observed_fractions)
     _label_outer_axes(figure, axes, count=len(panels))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
-
-
-def _asked_questions(
-    concentrations: npt.ArrayLike, counts: Floats, decision_tree: dict[str, Any], *, least_votes: int
-) -> Iterator[tuple[dict[str, Any], Floats, Floats]]:
-    """Each question that was asked, with its expected and observed fractions (galaxies, answers)."""
-    layout = tree_layout(decision_tree)
-    fractions = expected_vote_fractions(concentrations, layout)
-    for number, question in enumerate(decision_tree["questions"]):
-        own = layout.question_of_answer == number
-        is_asked = counts[:, own].sum(axis=1) >= max(least_votes, 1)
-        votes = counts[is_asked][:, own]
-        if is_asked.any():
-            yield question, fractions[is_asked][:, own], votes / votes.sum(axis=1, keepdims=True)
 
 
 def _draw_question(panel: Axes, question: dict[str, Any], *, expected: Floats, observed: Floats) -> None:

@@ -5,10 +5,9 @@ import numpy.typing as npt
 import pandas as pd
 from datasets import Dataset, DatasetDict
 
-from zoobot_hf.evaluation.vote_metrics import CONFIDENT_VOTES
+from zoobot_hf.evaluation.vote_metrics import CONFIDENT_VOTES, were_asked
 from zoobot_hf.evaluation.vote_tables import advanced_table, concentration_table, friendly_table
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
-from zoobot_hf.models.votes import TreeLayout
 from zoobot_hf.publishing.hub import ADVANCED, FRIENDLY, PREDICTIONS
 from zoobot_hf.publishing.run_folder import JudgedVotes
 
@@ -59,7 +58,7 @@ def judged_votes(concentrations: npt.ArrayLike, dataset: Dataset, model: ZoobotF
         model: The model.
     """
     votes = read_observed_votes(dataset, model)
-    if not (_votes_on_questions(votes, model.layout) >= CONFIDENT_VOTES).any():
+    if not were_asked(votes, model.layout, least_votes=CONFIDENT_VOTES).any():
         return None
     return JudgedVotes(np.asarray(concentrations), votes, model.config.decision_tree, CONFIDENT_VOTES)
 
@@ -72,23 +71,16 @@ def remarks_on_votes(dataset: DatasetDict, model: ZoobotForGalaxyZoo) -> list[st
         model: The model.
     """
     layout, remarks = model.layout, []
-    asked = {name: _votes_on_questions(read_observed_votes(dataset[name], model), layout) for name in ("train", "test")}
+    votes = {name: read_observed_votes(dataset[name], model) for name in ("train", "test")}
     consequences = {
         "train": "training galaxy has votes on {}: what the model says about it was not learned here",
         "test": "test galaxy has votes on {}: what the model says about it was not measured",
     }
     for name, words in consequences.items():
-        missing = [layout.question_names[number] for number in np.flatnonzero(~(asked[name] > 0).any(axis=0))]
+        is_asked = were_asked(votes[name], layout).any(axis=0)
+        missing = [layout.question_names[number] for number in np.flatnonzero(~is_asked)]
         if missing:
             remarks.append(f"No {words.format(', '.join(missing))}.")
-    if not (asked["test"] >= CONFIDENT_VOTES).any():
+    if not were_asked(votes["test"], layout, least_votes=CONFIDENT_VOTES).any():
         remarks.append(f"No test galaxy has {CONFIDENT_VOTES} votes on a question: vote fractions were not drawn.")
     return remarks
-
-
-def _votes_on_questions(votes: Floats, layout: TreeLayout) -> Floats:
-    """How many votes each question has, (galaxies, questions); NaN where they are missing."""
-    totals = np.zeros((len(votes), len(layout.question_names)))
-    for question in range(len(layout.question_names)):
-        totals[:, question] = votes[:, layout.question_of_answer == question].sum(axis=1)
-    return totals
