@@ -4,6 +4,7 @@ A catalog has a column `id_str`, the galaxy's name, and a column `file_loc`, whe
 own names. Whatever else is in the table is kept.
 """
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -70,6 +71,8 @@ _WIDER_TYPES = {
     "uint64": "int64",
     "float16": "float32",
 }
+# How the names of files begin that are being written.
+PARTIAL = ".partial-"
 # The FITS Standard 4.0, sections 7.3.1 (TFIELDS) and 4.2.1 (text in a header, where a quote is written twice).
 _MOST_FITS_COLUMNS, _LONGEST_FITS_NAME = 999, 68
 
@@ -205,18 +208,29 @@ def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
     path = Path(path)
     file_format = _find_format_to_write(path)
     check_columns_fit(table.columns, path=path)
-    partial_path = path.with_name(f".partial-{path.name}")
-    try:
+    with whole_file(path) as partial:
         if file_format == "csv":
-            table.to_csv(partial_path, index=False)
+            table.to_csv(partial, index=False)
         elif file_format == "parquet":
-            table.to_parquet(partial_path, index=False)
+            table.to_parquet(partial, index=False)
         else:
             columns = {name: column_for_astropy(table[name], file_format=file_format) for name in table.columns}
-            Table(columns).write(partial_path, format=file_format, overwrite=True)
-        partial_path.replace(path)
+            Table(columns).write(partial, format=file_format, overwrite=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes the file once all is written, and is gone where that fails.
+
+    Args:
+        path: The file.
+    """
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
     finally:
-        partial_path.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def check_catalog_can_be_written(path: str | Path) -> None:

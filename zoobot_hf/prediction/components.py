@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from sklearn.decomposition import PCA
 
-from .shards import whole_file
+from zoobot_hf.data.catalog import whole_file
 
 
 class Components(NamedTuple):

@@ -22,12 +22,13 @@ from zoobot_hf.data.catalog import (
     column_for_astropy,
     describe,
     read_catalog,
+    whole_file,
 )
 from zoobot_hf.evaluation.vote_tables import advanced_table, friendly_table
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 
 from .runs import SurveyError
-from .shards import read_shard, shard_paths, whole_file
+from .shards import read_shard, shard_paths
 from .tables import describe_column
 
 TABLES = ("predictions", "friendly", "advanced")

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from tqdm import tqdm
 
+from zoobot_hf.data.catalog import PARTIAL, whole_file
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 from zoobot_hf.training.machine import InferenceRunner, default_batch_size
@@ -25,13 +26,11 @@ from zoobot_hf.training.machine import InferenceRunner, default_batch_size
 from .galaxies import FAILURE_COLUMNS, Galaxy, Interpret, Row, failure_row, run_galaxies
 from .pieces import CatalogFacts, attach_readers, fingerprint_rows
 from .shards import (
-    PARTIAL,
     Shard,
     read_failures,
     read_shard,
     remove_partial_files,
     shard_paths,
-    whole_file,
     write_shard,
 )
 

@@ -4,9 +4,7 @@ A shard holds what was made of consecutive rows of the catalog. Beside them, in 
 the galaxies that failed and what the shard depends on, so that a shard is one file and can't be half there.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +12,9 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from zoobot_hf.data.catalog import PARTIAL, whole_file
+
 METADATA = b"zoobot_hf"
-PARTIAL = ".partial-"
 
 
 class Shard(NamedTuple):
@@ -85,21 +84,6 @@ def read_failures(path: Path) -> list[dict[str, str]]:
     """
     failures: list[dict[str, str]] = json.loads(pq.read_schema(path).metadata[METADATA])["failures"]
     return failures
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes the file once all is written, and is gone where that fails.
-
-    Args:
-        path: The file.
-    """
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def remove_partial_files(folder: Path) -> None:
