@@ -29,9 +29,10 @@ def write_embeddings(model, processor, folder, count):
     Image.new("RGB", (32, 32), "grey").save(folder / "images/galaxy.png")
     embed_survey(model, processor, folder / "images", folder / "embedded", shard_size=SHARD)
     path = folder / "embedded/manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "galaxies": count}))
+    manifest = {**json.loads(path.read_text()), "galaxies": count}
+    path.write_text(json.dumps(manifest))
     generator = np.random.default_rng(0)
-    for number, path in enumerate(shard_paths(folder / "embedded/embeddings", -(-count // SHARD))):
+    for number, path in enumerate(shard_paths(folder / "embedded", manifest)):
         rows = range(number * SHARD, min((number + 1) * SHARD, count))
         values = generator.standard_normal((len(rows), SIZE), np.float32).astype(np.float16)
         lists = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), SIZE)

@@ -124,6 +124,9 @@ def test_what_can_not_be_joined_is_named(survey_folder, galaxy_folder, tmp_path)
 def test_what_is_not_finished_or_damaged_is_not_merged(survey_folder, tmp_path):
     with pytest.raises(SurveyError, match="holds no predictions of a survey"):
         merge_predictions(tmp_path, tmp_path / "merged.csv")
+    (tmp_path / "manifest.json").write_text('{"name": "of something else"}')
+    with pytest.raises(SurveyError, match="holds no predictions of a survey; give the output of zoobot-hf predict"):
+        merge_predictions(tmp_path, tmp_path / "merged.csv")
     (survey_folder / "predictions/000001.parquet").write_bytes(b"")
     with pytest.raises(SurveyError, match=r"000001\.parquet is damaged or missing"):
         merge_predictions(survey_folder, tmp_path / "merged.csv")

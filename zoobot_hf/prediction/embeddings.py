@@ -38,7 +38,7 @@ from .runs import (
     describe_run,
     finish_run,
     hash_text,
-    read_manifest,
+    read_finished,
     run_shards,
     start_run,
     wait_for_files,
@@ -187,7 +187,7 @@ def predict_embeddings(
     """
     check_prevalence(model, prevalence)
     source, folder = Path(embeddings), Path(output)
-    stored = _read_finished(source)
+    stored = read_finished(source, contents="embeddings")
     _check_fit(stored, model, processor, folder=source)
     prepare_processes()
     model.to(device).eval()
@@ -205,7 +205,7 @@ def predict_embeddings(
         embeddings=hash_text(*(str(stored.get(name)) for name in ("weights", "dtype", "bf16", "catalog_fingerprint"))),
     )
     manifest = start_run(folder, wanted)
-    parts = shard_paths(source / "embeddings", -(-stored["galaxies"] // stored["shard_size"]))
+    parts = shard_paths(source, stored)
     work = _WorkOnEmbeddings(model, prevalence=prevalence)
     run_shards(folder, manifest, work, parts, retry_failures=retry_failures, max_failures=max_failures)
     return finish_run(folder, manifest)
@@ -337,15 +337,6 @@ class _WorkOnEmbeddings:
         failures = [*shard.failures, *odd]
         report(len(names) + len(shard.failures), failures)
         return arrow_table(table), failures
-
-
-def _read_finished(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.get("contents") != "embeddings":
-        raise SurveyError(f"{folder} holds no embeddings; give the output of zoobot-hf embed.")
-    if not manifest["finished"]:
-        raise SurveyError(f"{folder} is not finished; run the same zoobot-hf embed again, which goes on with it.")
-    return manifest
 
 
 def _check_fit(manifest: dict[str, Any], model: Classifier, processor: ZoobotImageProcessor, *, folder: Path) -> None:

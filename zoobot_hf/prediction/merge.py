@@ -27,7 +27,7 @@ from zoobot_hf.data.catalog import (
 from zoobot_hf.evaluation.vote_tables import advanced_table, friendly_table
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 
-from .runs import SurveyError
+from .runs import SurveyError, read_finished, read_manifest
 from .shards import read_shard, shard_paths
 from .tables import describe_column
 
@@ -66,7 +66,9 @@ def merge_predictions(
         raise ValueError(f"table is {table!r}; choose one of {', '.join(TABLES)}.")
     if catalog is not None:
         check_catalog_is_kept(Path(catalog), output=path)
-    manifest = _read_finished(folder)
+    if (read_manifest(folder) or {}).get("contents") == "embeddings":
+        raise SurveyError(f"{folder} holds embeddings, which are Parquet files as they are: {folder / 'embeddings'}.")
+    manifest = read_finished(folder, contents="predictions")
     joined = None
     if catalog is not None:
         joined = read_catalog(catalog, images_must_exist=False, needs_locations=False).set_index("id_str")
@@ -88,25 +90,11 @@ def merge_predictions(
         return len(whole)
 
 
-def _read_finished(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise SurveyError(
-            f"{folder} holds no predictions of a survey; give the output of zoobot-hf predict."
-        ) from error
-    if manifest["contents"] != "predictions":
-        raise SurveyError(f"{folder} holds embeddings, which are Parquet files as they are: {folder / 'embeddings'}.")
-    if not manifest["finished"]:
-        raise SurveyError(f"{folder} is not finished; run the same zoobot-hf predict again, which goes on with it.")
-    return manifest
-
-
 def _read_pieces(
     folder: Path, manifest: dict[str, Any], *, table: str, joined: pd.DataFrame | None
 ) -> Iterator[pd.DataFrame]:
     config = ZoobotConfig.from_dict(manifest["config"])
-    for path in shard_paths(folder / "predictions", -(-manifest["galaxies"] // manifest["shard_size"])):
+    for path in shard_paths(folder, manifest):
         shard = read_shard(path)
         if shard is None:
             raise SurveyError(f"{path} is damaged or missing; run the same zoobot-hf predict again, which mends it.")

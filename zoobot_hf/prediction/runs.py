@@ -191,7 +191,7 @@ class _Run:
         self.most = most
         self.failures = 0
         self.folder = folder
-        self.paths = _paths(folder, manifest)
+        self.paths = shard_paths(folder, manifest)
         self.size = manifest["shard_size"]
         self.total = manifest["galaxies"]
         # The shard's own rows come with it. What else it depends on does not change between the shards.
@@ -394,7 +394,7 @@ def finish_run(folder: Path, manifest: dict[str, Any]) -> Survey:
     state.wait_for_everyone()
     if state.is_main_process:
         remove_partial_files(folder)
-        count = _write_failures(folder, _paths(folder, manifest))
+        count = _write_failures(folder, shard_paths(folder, manifest))
         _write_manifest(folder / "manifest.json", {**manifest, "finished": True, "failures": count})
     state.wait_for_everyone()
     finished = read_manifest(folder)
@@ -427,11 +427,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def read_finished(folder: Path, *, contents: str) -> dict[str, Any]:
+    """What a finished run's folder says about itself.
+
+    Args:
+        folder: The run's folder.
+        contents: What its shards have to hold, "predictions" or "embeddings".
+
+    Raises:
+        SurveyError: It holds no such run, or one that isn't finished.
+    """
+    command = {"predictions": "predict", "embeddings": "embed"}[contents]
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("contents") != contents:
+        raise SurveyError(f"{folder} holds no {contents} of a survey; give the output of zoobot-hf {command}.")
+    if not manifest["finished"]:
+        raise SurveyError(f"{folder} is not finished; run the same zoobot-hf {command} again, which goes on with it.")
+    return manifest
+
+
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     with whole_file(path) as partial:
         partial.write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _paths(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    count = -(-int(manifest["galaxies"]) // int(manifest["shard_size"]))
-    return list(shard_paths(folder / manifest["contents"], count))

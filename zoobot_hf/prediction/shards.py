@@ -5,9 +5,8 @@ the galaxies that failed and what the shard depends on, so that a shard is one f
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,11 +95,12 @@ def remove_partial_files(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def shard_paths(folder: Path, count: int) -> Iterator[Path]:
+def shard_paths(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     """The shards' files in order, there or not.
 
     Args:
-        folder: Where they are.
-        count: How many.
+        folder: The run's folder.
+        manifest: The run's: `contents`, `galaxies` and `shard_size`.
     """
-    return (folder / f"{number:06d}.parquet" for number in range(count))
+    count = -(-int(manifest["galaxies"]) // int(manifest["shard_size"]))
+    return [folder / manifest["contents"] / f"{number:06d}.parquet" for number in range(count)]
