@@ -191,8 +191,8 @@ def test_the_texts_of_a_confusion_table_have_room(tmp_path, drawn, count, name):
     ("name", "shown"),
     [
         ("not ring", "not ring"),
-        ("a name of 24 characters.", "a name of 24 characters."),
-        ("ring galaxies of the nearby universe", "ring galaxies of the ne…"),
+        ("smooth-or-featured-candels", "smooth-or-featured-candels"),
+        ("ring galaxies of the nearby universe", "ring galaxies of the near…"),
         ("M$_\\odot$", r"M\$_\odot\$"),
         ("_ring", " _ring"),
     ],

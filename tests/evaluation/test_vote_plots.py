@@ -3,7 +3,9 @@ import pytest
 from PIL import Image
 
 from zoobot_hf import load_survey
-from zoobot_hf.evaluation.vote_plots import DOTS_PER_INCH, PAGE_WIDTH, plot_vote_fractions
+from zoobot_hf.evaluation import vote_plots
+from zoobot_hf.evaluation.plots import DOTS_PER_INCH, PAGE_WIDTH
+from zoobot_hf.evaluation.vote_plots import plot_vote_fractions
 
 EUCLID, RINGS = load_survey("euclid").to_dict(), load_survey("rings").to_dict()
 
@@ -46,6 +48,18 @@ def test_predictions_that_follow_the_votes_lie_nearer_the_diagonal(tmp_path):
         height, width = pixels.shape
         far.append((pixels[int(0.75 * height) : int(0.8 * height), int(0.75 * width) : int(0.9 * width)] < 250).mean())
     assert far[0] < 0.05 < far[1]
+
+
+def test_questions_and_answers_with_unusual_names_are_shown(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(vote_plots, "save_figure", lambda figure, path: figures.append(figure))
+    answers = [{"name": name, "vote_column": f"votes_{number}"} for number, name in enumerate(["_yes", "$5$"])]
+    question = {"name": "is it a ring galaxy of the nearby universe", "asked_after": [], "answers": answers}
+    tree = {"name": "rings", "questions": [question]}
+    plot_vote_fractions(*draw(tree), tree, tmp_path / "figure.png")
+    (panel,) = figures[0].axes
+    assert panel.get_title() == "is it a ring galaxy of th…\n51 galaxies"
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == [" _yes", r"\$5\$"]
 
 
 def test_shapes_that_are_not_the_trees_are_refused(tmp_path):

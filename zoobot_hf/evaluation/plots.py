@@ -25,7 +25,7 @@ PAGE_WIDTH = 7.1  # inches: both columns
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 6
 TITLE_LINE_HEIGHT = 0.1  # inches, for a line of SMALL_FONT_SIZE
-LONGEST_NAME = 24  # characters
+LONGEST_NAME = 26  # characters: of the questions of all surveys one is longer
 
 LossHistory = Sequence[Mapping[str, Any]]
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from zoobot_hf.models.votes import tree_layout
 
-from .plots import DOTS_PER_INCH, FONT_SIZE, PAGE_WIDTH, SMALL_FONT_SIZE
+from .plots import FONT_SIZE, PAGE_WIDTH, SMALL_FONT_SIZE, save_figure, shown_name
 from .vote_metrics import asked_by_question
 
 COLUMNS = 4  # panels in a row
@@ -72,8 +72,7 @@ def plot_vote_fractions(
     for panel, (question, own) in zip(axes.ravel(), panels, strict=False):
         _draw_question(panel, question, expected=own.predicted_fractions, observed=own.observed_fractions)
     _label_outer_axes(figure, axes, count=len(panels))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+    save_figure(figure, path)
 
 
 def _draw_question(panel: Axes, question: dict[str, Any], *, expected: Floats, observed: Floats) -> None:
@@ -96,7 +95,7 @@ def _draw_question(panel: Axes, question: dict[str, Any], *, expected: Floats, o
             centers,
             means,
             errors,
-            label=answer["name"],
+            label=shown_name(answer["name"]),
             color=shade,
             marker=MARKERS[number % len(MARKERS)],
             linestyle=LINES[number % len(LINES)],
@@ -105,7 +104,7 @@ def _draw_question(panel: Axes, question: dict[str, Any], *, expected: Floats, o
             elinewidth=0.6,
         )
     galaxies = f"{len(expected)} {'galaxy' if len(expected) == 1 else 'galaxies'}"
-    panel.set_title(f"{question['name']}\n{galaxies}", fontsize=SMALL_FONT_SIZE, pad=3)
+    panel.set_title(f"{shown_name(question['name'])}\n{galaxies}", fontsize=SMALL_FONT_SIZE, pad=3)
     panel.legend(fontsize=SMALL_FONT_SIZE - 1.5, frameon=False, loc="upper left", handlelength=2, labelspacing=0.2)
     panel.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
     panel.tick_params(labelsize=SMALL_FONT_SIZE)
