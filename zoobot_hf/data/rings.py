@@ -30,12 +30,7 @@ import datasets
 import numpy as np
 
 from zoobot_hf.data.catalog import check_columns
-from zoobot_hf.data.dataset import (
-    TEST_FRACTION,
-    VALIDATION_FRACTION,
-    load_galaxy_dataset,
-    split_dataset,
-)
+from zoobot_hf.data.dataset import load_galaxy_dataset, split_dataset
 from zoobot_hf.data.simulation import RING_CLASS_NAMES, simulate_ring_dataset
 
 logger = logging.getLogger(__name__)
@@ -65,32 +60,29 @@ def load_rings(
     seed: int = 42,
     count: int = 1000,
     size: int = 128,
-    label_column: str | None = None,
     label_names: Sequence[str] | None = RING_CLASS_NAMES,
     keep_columns: Sequence[str] = (),
     id_column: str | None = "id_str",
     image_column: str = "image",
     configuration: str | None = "classification",
     revision: str | None = None,
-    validation_fraction: float = VALIDATION_FRACTION,
-    test_fraction: float = TEST_FRACTION,
 ) -> datasets.DatasetDict:
     """Train, validation and test splits of galaxies with and without rings, as the source labels them.
 
+    For labels in another column, or splits of other sizes, there are `load_galaxy_dataset` and `split_dataset`.
+
     Args:
-        source: "simulated", a catalog or folder, or the id of a Hub dataset.
+        source: "simulated", a catalog or folder with labels in the column `ring`, or the id of a Hub dataset with
+            labels in the column `label`.
         seed: Decides the split, and which galaxies are drawn.
         count: How many galaxies are drawn; other sources give all they have.
         size: Height and width of drawn galaxies in pixels.
-        label_column: Where the labels are. None means `ring` in a catalog or folder and `label` in a Hub dataset.
         label_names: The names of the labels 0 and 1; None takes them from the source.
         keep_columns: Further columns to keep; drawn galaxies keep all their true parameters.
         id_column: The galaxies' names in a Hub dataset; None numbers its rows.
         image_column: The images in a Hub dataset.
         configuration: Which configuration of a Hub dataset.
         revision: Which branch, tag or commit of a Hub dataset.
-        validation_fraction: As in `split_dataset`.
-        test_fraction: As in `split_dataset`.
 
     Returns:
         `train`, `validation` and `test`, each with `id_str`, `image` and `label`, a `ClassLabel`.
@@ -104,7 +96,7 @@ def load_rings(
     else:
         galaxies = load_galaxy_dataset(
             source,
-            label_column=label_column or ("ring" if Path(source).exists() else "label"),
+            label_column="ring" if Path(source).exists() else "label",
             label_names=label_names,
             keep_columns=keep_columns,
             id_column=id_column,
@@ -112,7 +104,7 @@ def load_rings(
             configuration=configuration,
             revision=revision,
         )
-    return split_dataset(galaxies, seed=seed, validation_fraction=validation_fraction, test_fraction=test_fraction)
+    return split_dataset(galaxies, seed=seed)
 
 
 def load_rings_by_votes(
@@ -126,8 +118,6 @@ def load_rings_by_votes(
     image_column: str = "image",
     configuration: str | None = "regression",
     revision: str | None = None,
-    validation_fraction: float = VALIDATION_FRACTION,
-    test_fraction: float = TEST_FRACTION,
 ) -> datasets.DatasetDict:
     """Train, validation and test splits of featured, face-on galaxies, labelled by how many volunteers saw a ring.
 
@@ -141,8 +131,6 @@ def load_rings_by_votes(
         image_column: The images in a Hub dataset.
         configuration: Which configuration of a Hub dataset.
         revision: Which branch, tag or commit of a Hub dataset.
-        validation_fraction: As in `split_dataset`.
-        test_fraction: As in `split_dataset`.
 
     Returns:
         `train`, `validation` and `test`, each with `id_str`, `image`, `label` and the three columns. The log says how
@@ -169,7 +157,7 @@ def load_rings_by_votes(
         kept[name] = keep_featured_face_on(
             labelled, featured_column=featured_column, face_on_column=face_on_column
         ).dataset
-    return split_dataset(kept, seed=seed, validation_fraction=validation_fraction, test_fraction=test_fraction)
+    return split_dataset(kept, seed=seed)
 
 
 def keep_featured_face_on(
