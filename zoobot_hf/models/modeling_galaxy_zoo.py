@@ -7,13 +7,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .checkpoint import Checkpoint
 from .configuration_zoobot import ZoobotConfig
-from .heads import build_head
-from .modeling_zoobot import ZoobotModel, ZoobotPreTrainedModel
+from .modeling_zoobot import ModelWithHead, ZoobotModel
 from .votes import concentrations_from_logits, shared_answers, tree_layout, vote_loss
 
 logger = logging.getLogger(__name__)
@@ -32,7 +30,7 @@ class ZoobotVotesOutput(ModelOutput):
     concentrations: Tensor | None = None
 
 
-class ZoobotForGalaxyZoo(ZoobotPreTrainedModel):
+class ZoobotForGalaxyZoo(ModelWithHead):
     """An encoder with a head that predicts a Dirichlet distribution over the answers of each question of a survey.
 
     What the concentrations say is read with `expected_vote_fractions`, `vote_fraction_intervals` and
@@ -52,30 +50,23 @@ class ZoobotForGalaxyZoo(ZoobotPreTrainedModel):
                 "decision_tree=load_survey('euclid').to_dict()."
             )
         super().__init__(config)
-        self.zoobot = ZoobotModel(config)
-        self.head = build_head(config)
         self.layout = tree_layout(config.decision_tree)
         self.post_init()
 
-    @property
-    def encoder(self) -> PreTrainedModel:
-        """The pretrained network."""
-        return self.zoobot.encoder
-
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """A finetuned model as it is, or a trained encoder with a new head; the log says which.
 
         A zoobot_hf repository with a decision tree is taken as it is, unless another one is asked for. Then the new
-        head's answers start from the old head's where both trees have the same question and answer: the same texts, to
-        the letter, once what `suffixes` names is taken off the questions' ends. Where the old tree has the question
-        several times, the one with the most answers in common counts, and the last of these. A `.ckpt` file of
+        head's answers start from the old head's where both trees have the same answer: the same vote column, or, for
+        a question without one, the same texts of question and answer, to the letter, once what `suffixes` names is
+        taken off the questions' ends. Where the old tree has the question several times, the one with the most answers
+        in common counts, and the last of these. A `.ckpt` file of
         Zoobot's, or a repository that holds one, is taken as it is; the tree is not in it and has to be given, and
         only the number of answers can be checked. Any other repository is an encoder and gets a new head.
 
         Args:
             pretrained_model_name_or_path: A local folder, a `.ckpt` file or a Hub id.
-            *model_args: None are taken.
             **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`;
                 `decision_tree` and other fields of `ZoobotConfig`; for a zoobot_hf repository whatever else
                 transformers takes, but `output_loading_info`.
@@ -97,13 +88,10 @@ class ZoobotForGalaxyZoo(ZoobotPreTrainedModel):
             encoder, config = ZoobotModel._from_own_repository(source).encoder, source.wanted_config()
         else:
             encoder, config = source.load_foreign_encoder()
-        model = cls._around(encoder, config)
-        model.head = build_head(config).to(encoder.device, encoder.dtype).eval()
-        if source.zoobot_model is not None:
-            source.copy_zoobot_head(model.head, config)
-        elif old is not None:
+        model = cls._with_new_head(encoder, config, source)
+        if old is not None:
             model._start_from(old)
-        else:
+        elif source.zoobot_model is None:
             logger.info(
                 "The %s head for the decision tree %r is new, to be trained.", config.head_type, model.tree_name
             )
@@ -127,11 +115,7 @@ class ZoobotForGalaxyZoo(ZoobotPreTrainedModel):
         Raises:
             ValueError: Neither images nor embeddings, or both; votes that aren't counts for each of the vote columns.
         """
-        if (pixel_values is None) == (embeddings is None):
-            raise ValueError("give either pixel_values or embeddings.")
-        if embeddings is None:
-            embeddings = self.zoobot(pixel_values).embeddings
-        logits = self.head(embeddings.to(self.dtype))  # stored embeddings have a type of their own
+        logits = self._run_head(pixel_values, embeddings)
         concentrations = concentrations_from_logits(logits, self.config.concentration_range)
         if labels is None:
             return ZoobotVotesOutput(None, concentrations)

@@ -198,12 +198,11 @@ class ZoobotModel(ZoobotPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """A trained encoder: a zoobot_hf repository's, one in timm's layout, or any vision model of `AutoModel`.
 
         Args:
             pretrained_model_name_or_path: A local folder or a Hub id.
-            *model_args: None are taken.
             **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; fields of
                 `ZoobotConfig`; for a zoobot_hf repository whatever else transformers takes, but `output_loading_info`.
 
@@ -225,7 +224,46 @@ class ZoobotModel(ZoobotPreTrainedModel):
         return ZoobotModelOutput(_pool(output, self.encoder, self.config.pooling))
 
 
-class ZoobotForImageClassification(ZoobotPreTrainedModel):
+class ModelWithHead(ZoobotPreTrainedModel):
+    """What `ZoobotForImageClassification` and `ZoobotForGalaxyZoo` share: an encoder and a head.
+
+    Args:
+        config: The configuration, with `encoder_config`.
+
+    Raises:
+        ValueError: The configuration has no encoder.
+    """
+
+    def __init__(self, config: ZoobotConfig) -> None:
+        super().__init__(config)
+        self.zoobot = ZoobotModel(config)
+        self.head = build_head(config)
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The pretrained network."""
+        return self.zoobot.encoder
+
+    @classmethod
+    def _with_new_head(cls, encoder: PreTrainedModel, config: ZoobotConfig, source: Checkpoint) -> Self:
+        """A model with this encoder and a new head, or that of a `.ckpt` file of Zoobot's."""
+        model = cls._around(encoder, config)
+        model.head = build_head(config).to(encoder.device, encoder.dtype).eval()
+        if source.zoobot_model is not None:
+            source.copy_zoobot_head(model.head, config)
+        return model
+
+    def _run_head(self, pixel_values: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        """The head's own logits, (batch, num_labels)."""
+        if (pixel_values is None) == (embeddings is None):
+            raise ValueError("give either pixel_values or embeddings.")
+        if embeddings is None:
+            embeddings = self.zoobot(pixel_values).embeddings
+        logits: Tensor = self.head(embeddings.to(self.dtype))  # stored embeddings have a type of their own
+        return logits
+
+
+class ZoobotForImageClassification(ModelWithHead):
     """An encoder with a head: one label, several labels or values, by the configuration's `problem_type`.
 
     Args:
@@ -242,17 +280,10 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
                 "ZoobotForGalaxyZoo, or give label_names for a new head."
             )
         super().__init__(config)
-        self.zoobot = ZoobotModel(config)
-        self.head = build_head(config)
         self.post_init()
 
-    @property
-    def encoder(self) -> PreTrainedModel:
-        """The pretrained network."""
-        return self.zoobot.encoder
-
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """A finetuned model as it is, or a trained encoder with a new head; the log says which.
 
         A zoobot_hf repository is taken as it is, unless another head is asked for: other labels, another problem, head
@@ -261,7 +292,6 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: A local folder or a Hub id.
-            *model_args: None are taken.
             **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`;
                 `label_names` (or transformers' `id2label` or `num_labels`) and other fields of `ZoobotConfig`; for a
                 zoobot_hf repository whatever else transformers takes, but `output_loading_info`.
@@ -280,13 +310,9 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
             logger.info("Loaded the encoder of %s; its old head was left out.", source.name)
         else:
             encoder, config = source.load_foreign_encoder()
-        model = cls._around(encoder, config)
-        model.head = build_head(config).to(encoder.device, encoder.dtype).eval()
-        if source.zoobot_model is not None:
-            source.copy_zoobot_head(model.head, config)
-            return model
-        logger.info("The %s head is new, to be trained: %s.", config.head_type, ", ".join(config.label_names))
-        return model
+        if source.zoobot_model is None:
+            logger.info("The %s head is new, to be trained: %s.", config.head_type, ", ".join(config.label_names))
+        return cls._with_new_head(encoder, config, source)
 
     def forward(
         self, pixel_values: Tensor | None = None, embeddings: Tensor | None = None, labels: Tensor | None = None
@@ -304,11 +330,7 @@ class ZoobotForImageClassification(ZoobotPreTrainedModel):
         Raises:
             ValueError: Neither images nor embeddings, or both.
         """
-        if (pixel_values is None) == (embeddings is None):
-            raise ValueError("give either pixel_values or embeddings.")
-        if embeddings is None:
-            embeddings = self.zoobot(pixel_values).embeddings
-        logits = self.head(embeddings.to(self.dtype))  # stored embeddings have a type of their own
+        logits = self._run_head(pixel_values, embeddings)
         loss = None if labels is None else head_loss(logits, labels, self.config, training=self.training)
         if self.config.problem_type == "regression":
             logits = apply_unit_interval(logits, self.config)
