@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from zoobot_hf.data.dataset import read_votes
 from zoobot_hf.data.decision_tree import DecisionTree, Question
@@ -172,8 +173,8 @@ def answer_probabilities(parameters: pd.DataFrame, tree: DecisionTree, *, seed: 
         known = _known_answers(question, tree, scores)
         stop = start + len(known)
         share = confusion[_what_hides(_name(question, tree))][:, None]
-        answered = (1 - share) * _softmax(np.stack(known, axis=1)) + share * _guesses(question)
-        columns.append(_softmax(np.log(answered) + scatter[:, start:stop]))
+        answered = (1 - share) * softmax(np.stack(known, axis=1), axis=1) + share * _guesses(question)
+        columns.append(softmax(np.log(answered) + scatter[:, start:stop], axis=1))
         start = stop
     return np.concatenate(columns, axis=1)
 
@@ -444,8 +445,3 @@ def _flatness(galaxy: pd.DataFrame) -> Floats:
 
 def _sigmoid(values: Floats | pd.Series) -> Floats:
     return np.asarray(1 / (1 + np.exp(-np.asarray(values, dtype=np.float64))))
-
-
-def _softmax(scores: Floats) -> Floats:
-    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))

@@ -27,6 +27,7 @@ import evaluate
 import numpy as np
 import numpy.typing as npt
 import sklearn.metrics
+from scipy.special import expit
 from transformers import EvalPrediction
 
 SINGLE_LABEL = "single_label_classification"
@@ -376,19 +377,6 @@ def softmax(logits: npt.ArrayLike) -> Floats:
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
-def sigmoid(logits: npt.ArrayLike) -> Floats:
-    """The probability of each label by itself, without overflow for logits of any size.
-
-    Args:
-        logits: Unbounded scores, any shape.
-
-    Returns:
-        float64, 0-1, of the shape given.
-    """
-    # tanh saturates where exp would overflow.
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * np.asarray(logits, dtype=np.float64))))
-
-
 def _predictions_and_references(
     outputs: Floats, labels: npt.ArrayLike, problem_type: str
 ) -> tuple[Floats, npt.NDArray[Any]]:
@@ -396,7 +384,7 @@ def _predictions_and_references(
     if problem_type == SINGLE_LABEL:
         return softmax(outputs), references
     if problem_type == MULTI_LABEL:
-        return sigmoid(outputs), references
+        return expit(outputs), references
     return outputs.reshape(len(outputs), -1), references.reshape(len(outputs), -1)
 
 
