@@ -7,6 +7,7 @@ in grey: lines differ in style and marker. Intervals are those of the tables, 90
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,19 +51,9 @@ def plot_reliability(
     figure = Figure(figsize=(COLUMN_WIDTH, 3.9), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="Calibrated")
-    errors = [table["share"] - table["share_low"], table["share_high"] - table["share"]]
-    upper.errorbar(
-        table["mean_probability"],
-        table["share"],
-        yerr=errors,
-        color="black",
-        marker="o",
-        markersize=3.5,
-        linewidth=1,
-        elinewidth=0.8,
-        capsize=2,
-        label=f"{len(np.asarray(probability))} galaxies, {len(table)} bins",
-    )
+    shares = table[["share", "share_low", "share_high"]]
+    words = f"{len(np.asarray(probability))} galaxies, {len(table)} bins"
+    _draw_intervals(upper, table["mean_probability"], shares, color="black", marker="o", label=words)
     upper.set_ylim(-0.03, 1.03)
     name = shown_name(label)
     upper.set_ylabel(f"Share that is {name}", fontsize=FONT_SIZE)
@@ -206,22 +197,8 @@ def plot_completeness_by_column(
     figure = Figure(figsize=(COLUMN_WIDTH, 3.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     middle, half = (table["low"] + table["high"]) / 2, (table["high"] - table["low"]) / 2
-    errors = [
-        table["completeness"] - table["completeness_low"],
-        table["completeness_high"] - table["completeness"],
-    ]
-    upper.errorbar(
-        middle,
-        table["completeness"],
-        yerr=errors,
-        xerr=half,
-        color="black",
-        linestyle="none",
-        marker="o",
-        markersize=3.5,
-        elinewidth=0.8,
-        capsize=2,
-    )
+    shares = table[["completeness", "completeness_low", "completeness_high"]]
+    _draw_intervals(upper, middle, shares, xerr=half, color="black", linestyle="none", marker="o")
     upper.set_ylim(-0.03, 1.05)
     upper.set_ylabel("Completeness", fontsize=FONT_SIZE)
     if threshold is not None:
@@ -321,17 +298,12 @@ def _draw_label_curves(panel: Axes, table: pd.DataFrame, names: Sequence[str]) -
         linestyle, marker = STYLES[number % len(STYLES)]
         # A little apart, or the intervals of one number of labels cover each other.
         numbers = points["labels"] * 1.04 ** (number - (len(names) - 1) / 2)
-        errors = [(points["value"] - points["low"]).fillna(0), (points["high"] - points["value"]).fillna(0)]
-        panel.errorbar(
+        _draw_intervals(
+            panel,
             numbers,
-            points["value"],
-            yerr=errors,
+            points[["value", "low", "high"]],
             color=GREYS[number % len(GREYS)],
-            markersize=3.5,
             markerfacecolor="white" if number % 2 else None,
-            linewidth=1,
-            elinewidth=0.8,
-            capsize=2,
             label=name,
             linestyle=linestyle,
             marker=marker,
@@ -340,6 +312,13 @@ def _draw_label_curves(panel: Axes, table: pd.DataFrame, names: Sequence[str]) -
     panel.set_xscale("log")
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
+
+
+def _draw_intervals(panel: Axes, places: pd.Series, estimates: pd.DataFrame, **style: Any) -> None:
+    """Points with error bars from columns with the value, low and high; no bar where there is no interval."""
+    value, low, high = estimates.to_numpy(dtype=np.float64).T
+    errors = np.nan_to_num([value - low, high - value])
+    panel.errorbar(places, value, errors, markersize=3.5, linewidth=1, elinewidth=0.8, capsize=2, **style)
 
 
 def _save(figure: Figure, panels: Sequence[Axes], path: str | Path) -> None:
