@@ -223,6 +223,12 @@ def test_a_refused_choice_deletes_nothing_and_claims_no_folder(run, tmp_path):
     assert not list(tmp_path.glob("new*"))
 
 
+def test_a_model_in_half_precision_is_refused_before_the_frozen_stage(run, layer_norm_model, tmp_path):
+    with pytest.raises(ValueError, match=r"the model is in torch\.float16, and an encoder is trained in float32"):
+        run("out", model=copy.deepcopy(layer_norm_model).half())
+    assert not (tmp_path / "out-checkpoints").exists()
+
+
 def test_overwrite_starts_anew(run, tmp_path):
     run("out")
     (tmp_path / "out" / "stray.txt").touch()

@@ -87,8 +87,12 @@ class ZoobotPreTrainedModel(PreTrainedModel):
                 galaxies can't improve on them.
 
         Raises:
-            ValueError: The encoder hasn't that many blocks.
+            ValueError: The encoder hasn't that many blocks, or the model isn't in float32.
         """
+        if self.dtype != torch.float32:
+            raise ValueError(
+                f"the model is in {self.dtype}, and an encoder is trained in float32; load it with dtype=torch.float32."
+            )
         blocks = self.encoder_blocks()
         count = len(blocks) if last_blocks is None else last_blocks
         if not 0 < count <= len(blocks):

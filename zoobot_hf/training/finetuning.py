@@ -141,7 +141,7 @@ def finetune(
     frozen, unfrozen = frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
     for split in dataset.values():
         check_labels(split, model)
-    if not skip_unfrozen and unfrozen.last_blocks is not None:
+    if not skip_unfrozen:
         model.unfreeze_encoder(unfrozen.last_blocks)  # raises now what it would raise after the frozen stage
     check_output(output_dir, resume=resume, overwrite=overwrite)
     images = concatenate_datasets([split.select_columns(["id_str", "image"]) for split in dataset.values()])

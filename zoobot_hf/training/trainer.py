@@ -510,8 +510,7 @@ class UnfrozenStageTrainer(_StageTrainer):
         **kwargs: What `Trainer` takes: `eval_dataset`, `compute_metrics`, `callbacks`, ...
 
     Raises:
-        ValueError: The dataset's labels aren't the model's, the model isn't in float32, or the encoder hasn't that many
-            blocks.
+        ValueError: The dataset's labels aren't the model's, or what `unfreeze_encoder` refuses.
     """
 
     args: UnfrozenStageArguments
@@ -519,11 +518,6 @@ class UnfrozenStageTrainer(_StageTrainer):
     optimizer: torch.optim.Optimizer | None
 
     def __init__(self, model: ModelWithHead, args: UnfrozenStageArguments, **kwargs: Any) -> None:
-        if model.dtype != torch.float32:
-            raise ValueError(
-                f"the model is in {model.dtype}, and the unfrozen stage trains weights in float32; load it with "
-                "dtype=torch.float32."
-            )
         model.unfreeze_encoder(args.last_blocks, keep_batch_norm_statistics=args.keep_batch_norm_statistics)
         super().__init__(model, args, **kwargs)
         self._average: WeightAverage | None = None
