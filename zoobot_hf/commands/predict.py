@@ -119,15 +119,7 @@ def _predict_embeddings(options: argparse.Namespace) -> Survey:
 
 
 def _predict_table(options: argparse.Namespace) -> int:
-    is_pattern = glob.has_magic(options.images) and not Path(options.images).exists()
-    if is_pattern or names_archive(options.images) or names_hub_dataset(options.images):
-        raise ValueError(
-            f"output is {options.output}, one table, and the images are in an archive, a Hub dataset or several "
-            "catalogs; choose a folder, from which zoobot-hf merge makes one table."
-        )
-    for name in ("retry_failures", "max_failures", *HUB_OPTIONS):
-        if getattr(options, name) not in (None, False):
-            raise ValueError(f"{name} is for an output folder, and {options.output} is one table; leave it out.")
+    _check_options(options)
     device = choose_device(options.device)
     failures_path = options.output.with_name(f"{options.output.stem}-failures.csv")
     _check_tables(Path(options.images), options.output, failures_path)
@@ -157,6 +149,19 @@ def _predict_table(options: argparse.Namespace) -> int:
         return 0
     complain(f"{len(failures)} of {len(catalog)} images can't be read; their reasons: {failures_path}")
     return 1
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuses images and options that are for an output folder."""
+    is_pattern = glob.has_magic(options.images) and not Path(options.images).exists()
+    if is_pattern or names_archive(options.images) or names_hub_dataset(options.images):
+        raise ValueError(
+            f"output is {options.output}, one table, and the images are in an archive, a Hub dataset or several "
+            "catalogs; choose a folder, from which zoobot-hf merge makes one table."
+        )
+    for name in ("retry_failures", "max_failures", *HUB_OPTIONS):
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"{name} is for an output folder, and {options.output} is one table; leave it out.")
 
 
 def _tables(output: Path, table: pd.DataFrame, config: ZoobotConfig) -> Iterator[tuple[Path, pd.DataFrame]]:
