@@ -457,13 +457,17 @@ def test_two_processes_embed_with_the_same_components(layer_norm_model, processo
     np.testing.assert_array_equal(np.stack(shared["embedding"]), np.stack(alone["embedding"]))
 
 
-def test_a_process_waits_for_the_others_also_where_all_files_are_there_already(predict, tmp_path, monkeypatch):
+# Process 0 has three files of 6 galaxies and the last one, of 4. Where they are tried again, it knows of no other.
+@pytest.mark.parametrize(("retry", "shown"), [(False, "40/40"), (True, "22/40")])
+def test_a_process_waits_for_the_others_also_where_all_files_are_there_already(
+    predict, tmp_path, monkeypatch, capsys, retry, shown
+):
     def run_as_process(index):
         state = SimpleNamespace(
             num_processes=2, process_index=index, is_main_process=index == 0, wait_for_everyone=lambda: None
         )
         monkeypatch.setattr(runs, "PartialState", lambda: state)
-        return predict()[0]
+        return predict(retry_failures=retry)[0]
 
     def wait(_):
         raise TimeoutError("the other process is not done")
@@ -472,6 +476,7 @@ def test_a_process_waits_for_the_others_also_where_all_files_are_there_already(p
     monkeypatch.setattr(runs.time, "sleep", wait)
     with pytest.raises(TimeoutError, match="the other process is not done"):
         run_as_process(0)
+    assert f"| {shown} [" in capsys.readouterr().err.split("\r")[-1]
     assert run_as_process(1) == done
 
 

@@ -189,9 +189,11 @@ class _Run:
     def __init__(self, folder: Path, manifest: dict[str, Any], *, retry: bool, most: int | None) -> None:
         self.retry = retry
         self.most = most
+        self.done = 0
         self.failures = 0
         self.folder = folder
         self.paths = shard_paths(folder, manifest)
+        self.others = [path for number, path in enumerate(self.paths) if not _is_own(number)]
         self.size = manifest["shard_size"]
         self.total = manifest["galaxies"]
         # The shard's own rows come with it. What else it depends on does not change between the shards.
@@ -202,7 +204,7 @@ class _Run:
         hidden = not state.is_main_process
         with tqdm(total=self.total, desc=work.verb, unit="galaxy", disable=hidden) as self.progress:
             for number, (path, part) in enumerate(zip(self.paths, parts, strict=True)):
-                if number % state.num_processes == state.process_index:
+                if _is_own(number):
                     self._write_shard(path, part, work)
                     self._show_others_progress()
             # The shards alone don't say it: those that are damaged or tried again are there from an earlier run.
@@ -235,14 +237,21 @@ class _Run:
                 f"{self.failures} galaxies can't be predicted, and max_failures is {self.most}; the last one is "
                 f"{failures[-1]['file_loc']}: {failures[-1]['reason']}. What is finished stays."
             )
+        self.done += count
         self.progress.update(count)
         self.progress.set_postfix(failures=self.failures)
 
     def _show_others_progress(self) -> None:
-        if self.progress.disable or PartialState().num_processes == 1:
+        # Where galaxies are tried again, the others' files are there before they are done.
+        if self.progress.disable or self.retry:
             return
-        finished = sum(path.exists() for path in self.paths) * self.size
-        self.progress.update(max(0, min(finished, self.total) - self.progress.n))
+        finished = self.done + sum(path.exists() for path in self.others) * self.size
+        self.progress.update(min(finished, self.total) - self.progress.n)
+
+
+def _is_own(number: int) -> bool:
+    state = PartialState()
+    return number % state.num_processes == state.process_index
 
 
 def wait_for_files(paths: list[Path], *, meanwhile: Callable[[], None] = lambda: None) -> None:
