@@ -17,7 +17,7 @@ from ..evaluation.selection import AIMS, check_aim
 from ..models.configuration_zoobot import HEAD_TYPES
 from ..models.image_processing_zoobot import ZoobotImageProcessor
 from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
-from ..models.modeling_zoobot import ZoobotForImageClassification
+from ..models.modeling_zoobot import ModelWithHead, ZoobotForImageClassification
 from ..publishing.hub import ADVANCED, FRIENDLY, PREDICTIONS, check_push, push_folder
 from ..training.arguments import FrozenStageArguments, UnfrozenStageArguments
 from ..training.cross_validation import (
@@ -214,7 +214,7 @@ def _sky_prevalence(options: argparse.Namespace) -> dict[str, float] | None:
 
 def _load_model(
     options: argparse.Namespace, galaxies: Dataset | DatasetDict, *, tree: DecisionTree | None
-) -> ZoobotForImageClassification | ZoobotForGalaxyZoo:
+) -> ModelWithHead:
     if tree is not None:
         return ZoobotForGalaxyZoo.from_pretrained(
             options.encoder, decision_tree=tree.to_dict(), head_type=options.head_type
@@ -271,7 +271,7 @@ def _report_folds(result: CrossValidation) -> None:
 
 def _finetune(
     options: argparse.Namespace,
-    model: ZoobotForImageClassification | ZoobotForGalaxyZoo,
+    model: ModelWithHead,
     *,
     processor: ZoobotImageProcessor,
     dataset: DatasetDict,

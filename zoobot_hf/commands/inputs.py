@@ -13,8 +13,7 @@ from ..models.configuration_zoobot import ZoobotConfig
 from ..models.conversion import image_processor_for, local_copy, read_configuration
 from ..models.image_processing_zoobot import ZoobotImageProcessor
 from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
-from ..models.modeling_zoobot import ZoobotForImageClassification
-from ..prediction.galaxies import Classifier
+from ..models.modeling_zoobot import ModelWithHead, ZoobotForImageClassification
 from ..prediction.hub_datasets import HubDataset
 from ..prediction.pieces import Source, names_hub_dataset
 from ..training.arguments import FrozenStageArguments, UnfrozenStageArguments
@@ -74,7 +73,7 @@ def load_finetuned(name: str) -> tuple[ZoobotForImageClassification, ZoobotImage
     return ZoobotForImageClassification.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
 
 
-def load_classifier(name: str) -> tuple[Classifier, ZoobotImageProcessor]:
+def load_classifier(name: str) -> tuple[ModelWithHead, ZoobotImageProcessor]:
     folder = local_copy(name)
     if read_configuration(folder).get("decision_tree"):
         return ZoobotForGalaxyZoo.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)

@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
-from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
+from zoobot_hf.models.modeling_zoobot import ModelWithHead, ZoobotPreTrainedModel
 from zoobot_hf.training.embedding_cache import DTYPES, hash_weights
 from zoobot_hf.training.machine import InferenceRunner, prepare_processes, uses_bf16
 
 from .components import Components, check_dimensions, fit_components, read_components, write_components
-from .galaxies import Classifier, Galaxy, Row, check_prevalence, inference_runner, read_outputs, run_galaxies
+from .galaxies import Galaxy, Row, check_prevalence, inference_runner, read_outputs, run_galaxies
 from .pieces import CatalogFacts, Source, attach_readers, check_catalog, find_source, name_of, read_pieces
 from .runs import (
     GALAXIES_IN_A_SHARD,
@@ -151,7 +151,7 @@ def embed_survey(
 
 
 def predict_embeddings(
-    model: Classifier,
+    model: ModelWithHead,
     processor: ZoobotImageProcessor,
     embeddings: str | Path,
     output: str | Path,
@@ -309,7 +309,7 @@ class _WorkOnEmbeddings:
 
     verb = "predicting"
 
-    def __init__(self, model: Classifier, *, prevalence: str | None) -> None:
+    def __init__(self, model: ModelWithHead, *, prevalence: str | None) -> None:
         self.model = model
         self.prevalence = prevalence
 
@@ -339,7 +339,9 @@ class _WorkOnEmbeddings:
         return arrow_table(table), failures
 
 
-def _check_fit(manifest: dict[str, Any], model: Classifier, processor: ZoobotImageProcessor, *, folder: Path) -> None:
+def _check_fit(
+    manifest: dict[str, Any], model: ModelWithHead, processor: ZoobotImageProcessor, *, folder: Path
+) -> None:
     if manifest["pca"] is not None:
         raise SurveyError(
             f"the embeddings in {folder} were reduced by a PCA, and a head needs all of their "

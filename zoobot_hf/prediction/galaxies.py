@@ -16,14 +16,12 @@ from zoobot_hf.data.images import UnreadableImageError, open_image
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
-from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
-from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification, ZoobotPreTrainedModel
+from zoobot_hf.models.modeling_zoobot import ModelWithHead, ZoobotPreTrainedModel
 from zoobot_hf.training.machine import InferenceRunner, default_batch_size
 
 from .tables import survey_table
 
 FAILURE_COLUMNS = ["id_str", "file_loc", "reason"]
-Classifier = ZoobotForImageClassification | ZoobotForGalaxyZoo
 Row = dict[Hashable, Any]
 Values = npt.NDArray[np.floating[Any]]
 Interpret = Callable[[Tensor], Values]
@@ -57,7 +55,7 @@ class Galaxy(NamedTuple):
 
 
 def predict_galaxies(
-    model: Classifier,
+    model: ModelWithHead,
     processor: ZoobotImageProcessor,
     catalog: pd.DataFrame,
     *,
@@ -166,7 +164,7 @@ def read_outputs(outputs: Tensor, *, config: ZoobotConfig, prevalence: str | Non
     return np.asarray(outputs.numpy(), dtype=np.float32)
 
 
-def table_of(galaxies: list[Galaxy], model: Classifier, *, prevalence: str | None) -> pd.DataFrame:
+def table_of(galaxies: list[Galaxy], model: ModelWithHead, *, prevalence: str | None) -> pd.DataFrame:
     """The table of galaxies that could be read, in their order.
 
     Args:
@@ -190,7 +188,7 @@ def failure_row(galaxy: Galaxy) -> dict[str, str]:
     return {"id_str": galaxy.row["id_str"], "file_loc": galaxy.row["file_loc"], "reason": galaxy.reason}
 
 
-def check_prevalence(model: Classifier, prevalence: str | None) -> None:
+def check_prevalence(model: ModelWithHead, prevalence: str | None) -> None:
     """Nothing, if the model has predictions for this prevalence: known before a long run.
 
     Args:

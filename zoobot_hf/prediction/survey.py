@@ -15,11 +15,11 @@ import pyarrow as pa
 import torch
 
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
+from zoobot_hf.models.modeling_zoobot import ModelWithHead
 from zoobot_hf.training.embedding_cache import hash_weights
 from zoobot_hf.training.machine import prepare_processes, uses_bf16
 
 from .galaxies import (
-    Classifier,
     Galaxy,
     check_prevalence,
     inference_runner,
@@ -40,7 +40,7 @@ from .runs import (
 
 
 def predict_survey(
-    model: Classifier,
+    model: ModelWithHead,
     processor: ZoobotImageProcessor,
     catalog: Source,
     output: str | Path,
@@ -120,7 +120,7 @@ def predict_survey(
     return finish_run(folder, manifest)
 
 
-def hash_model(model: Classifier) -> str:
+def hash_model(model: ModelWithHead) -> str:
     """A hash of all that a model's predictions depend on besides the image processor.
 
     Args:

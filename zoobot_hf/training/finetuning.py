@@ -16,11 +16,11 @@ from zoobot_hf.evaluation.judgement import Judgement, check_prevalence, judge, j
 from zoobot_hf.evaluation.selection import check_aim
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
+from zoobot_hf.models.modeling_zoobot import ModelWithHead
 from zoobot_hf.publishing.hub import METRICS
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .cross_validation import CrossValidation
-from .head_grid import ModelWithHead
 from .machine import tune_memory_allocator
 from .run_report import count_labels, metrics_of, write_run
 from .stages import BEST_FOLDER, RUN_FILE, StageResult, best_stage, check_same_run, fingerprint_run, run_stages

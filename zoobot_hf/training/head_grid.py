@@ -20,7 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from zoobot_hf.models.heads import apply_unit_interval, head_loss, loss_weight
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
-from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
+from zoobot_hf.models.modeling_zoobot import ModelWithHead
 from zoobot_hf.models.votes import concentrations_from_logits, vote_loss
 
 from .embedding_cache import StoredEmbeddings
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 4096
 # Beyond so many numbers no regression is fitted: 20,000 embeddings of 640 dimensions take 4 s on two cores.
 MOST_NUMBERS_TO_FIT = 2**24
-
-ModelWithHead = ZoobotForImageClassification | ZoobotForGalaxyZoo
 
 
 class HeadGrid(nn.Module):

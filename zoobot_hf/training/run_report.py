@@ -26,6 +26,7 @@ from zoobot_hf.evaluation.vote_metrics import score_votes
 from zoobot_hf.models.heads import probabilities_from_logits
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
+from zoobot_hf.models.modeling_zoobot import ModelWithHead
 from zoobot_hf.publishing.hub import METRICS, MODEL_CARD, PREDICTIONS
 from zoobot_hf.publishing.model_card import (
     ModelCardFacts,
@@ -37,7 +38,6 @@ from zoobot_hf.publishing.model_card import (
 from zoobot_hf.publishing.run_folder import JudgedLabel, JudgedVotes, draw_figures, save_model, write_json
 
 from .cross_validation import CrossValidation
-from .head_grid import ModelWithHead
 from .reading import Pictures
 from .stages import StageResult
 from .vote_report import judged_votes, read_observed_votes, remarks_on_votes, vote_tables

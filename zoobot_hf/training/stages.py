@@ -21,11 +21,11 @@ from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.evaluation.vote_metrics import vote_metrics_for_trainer
 from zoobot_hf.models.checkpoint import FIELDS_OF_OLD_HEAD
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
+from zoobot_hf.models.modeling_zoobot import ModelWithHead
 from zoobot_hf.publishing.run_folder import write_json
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .embedding_cache import hash_weights
-from .head_grid import ModelWithHead
 from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, read_labels
 
 logger = logging.getLogger(__name__)

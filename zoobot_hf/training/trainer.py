@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 from zoobot_hf.models.heads import loss_weight
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
+from zoobot_hf.models.modeling_zoobot import ModelWithHead
 from zoobot_hf.publishing.hub import push_folder
 from zoobot_hf.publishing.model_card import StageFacts
 from zoobot_hf.publishing.run_folder import save_stage
@@ -30,7 +31,7 @@ from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .augmentation import augment_galaxies, margin_of_turns
 from .depthwise import fast_depthwise_convolutions, safe_strided_convolutions
 from .embedding_cache import StoredEmbeddings, Views, store_embeddings
-from .head_grid import HeadGrid, ModelWithHead
+from .head_grid import HeadGrid
 from .layer_fusion import folded_batch_norms, probe_image
 from .machine import tune_memory_allocator
 from .reading import read_wide_fields, undecoded
