@@ -314,9 +314,10 @@ class ZoobotForImageClassification(ModelWithHead):
             logger.info("Loaded the encoder of %s; its old head was left out.", source.name)
         else:
             encoder, config = source.load_foreign_encoder()
+        model = cls._with_new_head(encoder, config, source)
         if source.zoobot_model is None:
             logger.info("The %s head is new, to be trained: %s.", config.head_type, ", ".join(config.label_names))
-        return cls._with_new_head(encoder, config, source)
+        return model
 
     def forward(
         self, pixel_values: Tensor | None = None, embeddings: Tensor | None = None, labels: Tensor | None = None
