@@ -73,7 +73,7 @@ class HeadGrid(nn.Module):
                 _take_standardised(_first_linear(head), self.mean, self.spread)
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> ModelOutput:
-        """The winning head's logits, values or concentrations, and loss; in training the loss of every head's gradient.
+        """The winning head's logits, values or concentrations, and loss; in training it has every head's gradient.
 
         Args:
             embeddings: (batch, embedding_size), as the encoder gives them.
