@@ -398,6 +398,14 @@ def test_names_that_are_the_index_of_a_parquet_file_are_read(index, folder, tabl
     assert catalog["target"].dropna().tolist() == IDENTIFIERS
 
 
+def test_rows_of_a_parquet_file_may_share_their_index(folder, table):
+    table["target"] = pd.array([*IDENTIFIERS, None], dtype="Int64")
+    table.set_index(pd.Index([5, 5, 6], name="field")).to_parquet(folder / "galaxies.parquet")
+    catalog = read_catalog(folder / "galaxies.parquet")
+    assert catalog["target"].dropna().tolist() == IDENTIFIERS
+    assert catalog["field"].tolist() == [5, 5, 6]
+
+
 @pytest.mark.parametrize("suffix", CATALOG_FORMATS)
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "uint32", "uint64", "float16", "UInt64", "Float64"])
 def test_numbers_of_every_type_are_written(suffix, dtype, folder, table):

@@ -511,6 +511,21 @@ def test_a_folder_of_classes_is_loaded(tmp_path):
     assert galaxies["label"][:] == [0, 1]
 
 
+def test_a_copy_of_a_hub_dataset_may_have_a_picture_in_it(tmp_path):
+    save_image(tmp_path / "assets/example.png")
+    save_image(tmp_path / "1.png")
+    row = {"id_str": "a", "image": {"bytes": (tmp_path / "1.png").read_bytes(), "path": None}, "label": 1}
+    features = datasets.Features(
+        {"id_str": datasets.Value("string"), "image": datasets.Image(), "label": datasets.ClassLabel(names=CLASS_NAMES)}
+    )
+    (tmp_path / "classification").mkdir()
+    datasets.Dataset.from_list([row], features=features).to_parquet(tmp_path / "classification/train-0.parquet")
+    card = "---\nconfigs:\n- config_name: classification\n  data_files: classification/*\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    galaxies = load_galaxy_dataset(tmp_path, label_column="label", configuration="classification")
+    assert galaxies["train"]["id_str"][:] == ["a"]
+
+
 def test_a_folder_of_splits_keeps_them(tmp_path):
     for name in ["train/ring/1.png", "train/bar/2.png", "train/arms/3.png", "test/ring/4.png"]:
         save_image(tmp_path / name)

@@ -192,7 +192,9 @@ def test_the_texts_of_a_confusion_table_have_room(tmp_path, drawn, count, name):
     [
         ("not ring", "not ring"),
         ("smooth-or-featured-candels", "smooth-or-featured-candels"),
-        ("ring galaxies of the nearby universe", "ring galaxies of the near…"),
+        ("ring galaxies of the nearby universe", "ring galaxie…rby universe"),
+        ("ring galaxies of the distant universe", "ring galaxie…ant universe"),
+        (3, "3"),
         ("M$_\\odot$", r"M\$_\odot\$"),
         ("_ring", " _ring"),
     ],

@@ -91,6 +91,15 @@ def test_class_weights_count_in_training_and_in_validation():
     assert loss_of(LOGITS, CLASSES, config, training=False) == pytest.approx(expected.item(), abs=1e-6)
 
 
+def test_galaxies_of_a_class_that_counts_for_nothing_have_no_loss():
+    config = config_of(class_weights=[1, 1, 0])
+    logits = LOGITS.clone().requires_grad_()
+    loss = head_loss(logits, torch.full_like(CLASSES, 2), config, training=True)
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
 def test_label_smoothing_counts_in_training_only():
     config = config_of(label_smoothing=0.3)
     logarithms = LOGITS.log_softmax(-1)

@@ -527,13 +527,32 @@ def test_another_pooling_has_a_length_of_its_own(tmp_path):
         assert (model.config.embedding_size, config.embedding_size) == (256, 64)
 
 
-def test_a_new_head_stands_on_the_repository_that_it_was_loaded_from(finetuned_folder, layer_norm_model):
+def test_a_new_head_stands_on_the_repository_that_it_was_loaded_from(finetuned_folder, layer_norm_model, tmp_path):
     layer_norm_model.config.encoder_name = "astronomer/first-encoder"
     layer_norm_model.save_pretrained(finetuned_folder)
     load = ZoobotForImageClassification.from_pretrained
     assert load(finetuned_folder).config.encoder_name == "astronomer/first-encoder"
     assert load(finetuned_folder, label_names=["a", "b"]).config.encoder_name == "finetuned"
     assert load(finetuned_folder, label_names=["a", "b"], encoder_name="mine").config.encoder_name == "mine"
+    # An encoder alone was not trained since.
+    ZoobotModel.from_pretrained(finetuned_folder).save_pretrained(tmp_path / "encoder")
+    assert load(tmp_path / "encoder", label_names=["a", "b"]).config.encoder_name == "astronomer/first-encoder"
+
+
+def test_what_is_none_is_as_it_was_saved(tmp_path, pixel_values):
+    model = ZoobotForImageClassification(ZoobotConfig(TimmWrapperConfig(architecture="test_convnext"), pooling="mean"))
+    torch.nn.init.normal_(model.head[-1].weight)
+    model.eval().save_pretrained(tmp_path)
+    nothing = {"pooling": None, "embedding_size": None, "subfolder": None}
+    loaded = ZoobotForImageClassification.from_pretrained(tmp_path, **nothing)
+    assert loaded.config.pooling == "mean"
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
+def test_on_meta_an_encoder_is_not_run_and_its_size_has_to_be_given():
+    with torch.device("meta"), pytest.raises(ValueError, match="embedding_size is None and is found on a device"):
+        ZoobotForImageClassification(ZoobotConfig(TimmWrapperConfig(architecture="test_convnext")))
 
 
 def test_a_new_head_is_where_the_encoder_is(finetuned_folder):

@@ -94,6 +94,17 @@ def test_a_galaxy_whose_image_is_a_link_keeps_its_row_and_says_so(link, galaxy_f
         second["read"]()
 
 
+def test_a_link_beside_its_own_image_is_no_second_image(galaxy_folder, tmp_path):
+    image = galaxy_folder / "images/galaxy_00.png"
+    os.symlink(image.name, image.with_suffix(".jpg"))
+    with tarfile.open(tmp_path / "galaxies.tar", "w") as archive:
+        for suffix in (".jpg", ".png"):
+            archive.add(image.with_suffix(suffix), arcname=f"galaxy_00{suffix}")
+    (piece,) = read_archive(tmp_path / "galaxies.tar", rows=10)
+    (row,) = map(attach_member_reader, piece.to_dict("records"))
+    assert row["read"]() == image.read_bytes()
+
+
 def test_several_images_of_one_galaxy_are_refused(tmp_path):
     path = write_archive(tmp_path / "galaxies.tar", {"J01.5+02.jpg": b"", "J01.7+02.jpg": b""})
     with pytest.raises(CatalogError, match=r"2 images of the galaxy 'J01': 'J01\.5\+02\.jpg', .*no dot in the names"):

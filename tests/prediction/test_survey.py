@@ -249,6 +249,11 @@ def test_another_model_on_the_same_output_is_refused(predict, batch_norm_model, 
     with pytest.raises(SurveyError, match="another precision, bfloat16 or not"):
         predict(bf16=True)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out/predictions"), expected)
+    # As a run leaves it that failed before its first shard, while another process had nothing to do.
+    shutil.rmtree(tmp_path / "out/predictions")
+    (tmp_path / "out/failures.parquet").unlink()
+    (tmp_path / "out/.partial-done-1").touch()
+    assert predict(model=batch_norm_model)[0].failures == 0
 
 
 def test_a_catalog_that_has_changed_is_refused(predict, galaxy_folder):

@@ -23,7 +23,6 @@ from zoobot_hf import (
     read_catalog,
     split_dataset,
 )
-from zoobot_hf.training import stages
 from zoobot_hf.training.cross_validation import cross_validate, split_for_final_model
 from zoobot_hf.training.trainer import FrozenStageTrainer, UnfrozenStageTrainer
 
@@ -188,15 +187,6 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(stage, step, name
         assert one.validation_loss == other.validation_loss
     weights = resumed.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in unbroken.model.state_dict().items())
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    whole, half = tmp_path / "checkpoint-4", tmp_path / "checkpoint-8"
-    for folder in (whole, half):
-        folder.mkdir()
-    (whole / "trainer_state.json").touch()
-    assert stages._last_whole_checkpoint(tmp_path) == str(whole)
-    assert not half.exists()
 
 
 def test_a_finished_run_is_not_run_again_by_resume(run, monkeypatch):

@@ -479,7 +479,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     # Here too pandas makes floating-point numbers of whole ones with a gap.
     suspects = [name for name in table.columns if _is_whole_with_gaps(table[name])]
     exact = pd.read_parquet(path, columns=suspects, dtype_backend="numpy_nullable")
-    table = table.assign(**{name: exact[name] for name in suspects if pd.api.types.is_integer_dtype(exact[name])})
+    table = table.assign(**{name: exact[name].array for name in suspects if pd.api.types.is_integer_dtype(exact[name])})
     return table.reset_index([name for name in table.index.names if name not in (None, *table.columns)])
 
 

@@ -324,7 +324,11 @@ def _find_layout(source: str | Path) -> Literal["galaxies", "image splits", "hub
 def _holds_hub_dataset(folder: Path) -> bool:
     if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
         return True
-    # Configurations have folders of their own. Among images a Parquet file is something else, such as predictions.
+    # Configurations have folders of their own, and are in the card. Among images a Parquet file is something else, such
+    # as predictions.
+    card = folder / "README.md"
+    if card.is_file() and re.search("^(configs|dataset_info):", card.read_text(encoding="utf-8"), re.MULTILINE):
+        return True
     is_image = (file.name.lower().endswith(IMAGE_SUFFIXES) for file in folder.rglob("*"))
     return any(folder.rglob("*.parquet")) and not any(is_image)
 

@@ -189,13 +189,16 @@ def plot_confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path:
     _save(figure, path)
 
 
-def shown_name(name: str) -> str:
-    """A label's name as a figure shows it: not too long for it, and every character as it is.
+def shown_name(name: object) -> str:
+    """A label's name as a figure shows it: beginning and end of a long one, and every character as it is.
 
     Args:
         name: The label's.
     """
-    short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"
+    short = str(name)
+    if len(short) > LONGEST_NAME:
+        half = (LONGEST_NAME - 1) // 2
+        short = f"{short[:half].rstrip()}…{short[-half:].lstrip()}"
     # For matplotlib "$...$" is a formula, and what starts with "_" has no place in a legend.
     return f"{' ' if short.startswith('_') else ''}{short}".replace("$", r"\$")
 
@@ -283,6 +286,8 @@ def _mark_kept_epoch(panels: Sequence[Axes], epoch: float) -> None:
 
 def _broken(line: str, width: float) -> str:
     """A line of a title on as many lines as it needs in a width in inches."""
+    if not line.strip():
+        return line
     needed = TextPath((0, 0), line, size=SMALL_FONT_SIZE).get_extents().width / 72  # from points
     # A part may have wider letters than the line on average.
     return fill(line, int(0.9 * len(line) * width / needed)) if needed > width else line

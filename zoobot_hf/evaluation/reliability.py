@@ -179,9 +179,9 @@ def checked_galaxies(
 
 def _equal_bins(given: Floats, bins: int) -> Integers:
     """The bin of each galaxy, numbered from 0 without gaps."""
-    # By the middle, and not by an end, so that 1 - p has the bins of p.
-    middles = (rankdata(given) - 0.5) / len(given)
-    return np.unique((middles * bins).astype(np.int64), return_inverse=True)[1]
+    # By the middle, and not by an end, so that 1 - p has the bins of p, unless a middle is just between two bins.
+    twice_the_middles = (2 * rankdata(given)).astype(np.int64) - 1
+    return np.unique(twice_the_middles * bins // (2 * len(given)), return_inverse=True)[1]
 
 
 def _bin_means(given: Floats, truth: Floats, shares: Floats, numbers: Integers) -> tuple[Floats, Floats, Floats]:

@@ -21,6 +21,8 @@ CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label
     "kwargs",
 }
 HEAD_FIELDS = ("id2label", "problem_type", "head_type", "pooling")
+# What a dry run of the encoder finds where it isn't given.
+FOUND_FIELDS = ("pooling", "embedding_size")
 # What is known of an old head's classes and training says nothing about a new head.
 FIELDS_OF_OLD_HEAD = {
     "class_weights": None,
@@ -78,12 +80,14 @@ class Checkpoint:
         if names is not None:
             arguments["id2label"] = dict(enumerate(names))
         fields = {name: arguments.pop(name) for name in CONFIG_FIELDS if name in arguments}
+        # Without a value, a dry run finds these, or the saved ones hold.
+        fields = {name: value for name, value in fields.items() if value is not None or name not in FOUND_FIELDS}
         fields |= _labels_of(fields)
         if fields.get("decision_tree") is not None:
             fields |= labels_of_votes(fields["decision_tree"], id2label=fields.get("id2label"))
         folder = local_copy(name_or_path, **hub_arguments)
         repository = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
-        name = str(PurePosixPath(repository, hub_arguments.get("subfolder", "")))
+        name = str(PurePosixPath(repository, hub_arguments.get("subfolder") or ""))
         zoobot_file = find_zoobot_file(folder)
         zoobot_model = None if zoobot_file is None else read_zoobot_file(zoobot_file)
         is_ours = zoobot_file is None and read_configuration(folder).get("model_type") == ZoobotConfig.model_type
@@ -111,9 +115,11 @@ class Checkpoint:
         saved = self.saved_config
         settings = (self.given_config or saved).to_dict()
         if self.asks_for_new_head():
-            # Training goes on from this repository's encoder, whatever that one started from.
-            old = {**FIELDS_OF_OLD_HEAD, "encoder_name": self.repository}.items()
-            settings |= {name: default for name, default in old if settings[name] == getattr(saved, name)}
+            old = dict(FIELDS_OF_OLD_HEAD)
+            if saved.architectures != ["ZoobotModel"]:
+                # Training goes on from this repository's encoder, whatever that one started from.
+                old["encoder_name"] = self.repository
+            settings |= {name: default for name, default in old.items() if settings[name] == getattr(saved, name)}
         settings["pooling"] = settings["pooling"] or saved.pooling
         settings["embedding_size"] = None if self.asks_for_other_embeddings() else saved.embedding_size
         has_old_tree = self.has_decision_tree and settings["decision_tree"] == saved.decision_tree

@@ -59,7 +59,7 @@ class LoadedEncoder(NamedTuple):
     left_out: list[str]
 
 
-def local_copy(name_or_path: str | Path, *, subfolder: str = "", **hub_arguments: Any) -> Path:
+def local_copy(name_or_path: str | Path, *, subfolder: str | None = None, **hub_arguments: Any) -> Path:
     """The folder with a repository's configuration and weights, downloaded where it isn't local; or a local file.
 
     The weights are fetched before transformers sees the repository. Given the name of one without safetensors,
@@ -74,11 +74,11 @@ def local_copy(name_or_path: str | Path, *, subfolder: str = "", **hub_arguments
         OSError: No such folder and no such repository, revision or network.
     """
     if Path(name_or_path).is_dir() or (Path(name_or_path).is_file() and Path(name_or_path).suffix == ".ckpt"):
-        return Path(name_or_path, subfolder)
-    name, inside = str(name_or_path), PurePosixPath(subfolder)
+        return Path(name_or_path, subfolder or "")
+    name, inside = str(name_or_path), PurePosixPath(subfolder or "")
     try:
         patterns = [str(inside / pattern) for pattern in SAFE_PATTERNS]
-        folder = Path(snapshot_download(name, allow_patterns=patterns, **hub_arguments), subfolder)
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **hub_arguments), inside)
         if not any(folder.glob("*.safetensors")):
             # Zoobot's finetuned models are a Lightning checkpoint and nothing else.
             pattern = "pytorch_model*.bin" if (folder / "config.json").is_file() else "*.ckpt"
@@ -350,7 +350,7 @@ def image_processor_for(
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization is {normalization!r}; choose one of {', '.join(NORMALIZATIONS)}.")
     folder = local_copy(name_or_path, **hub_arguments)
-    name = PurePosixPath(name_or_path, hub_arguments.get("subfolder", ""))
+    name = PurePosixPath(name_or_path, hub_arguments.get("subfolder") or "")
     wanted = {"zoom": zoom, "fits_bands": fits_bands}
     changes: dict[str, Any] = {setting: value for setting, value in wanted.items() if value is not None}
     zoobot_file = find_zoobot_file(folder)

@@ -36,8 +36,14 @@ def build_head(config: ZoobotConfig) -> nn.Sequential:
         The head; its last layer is always an `nn.Linear` whose weights are 0: it starts out undecided, as any logistic
         regression does, and what few galaxies say is not drowned by chance. For votes it starts out with low
         concentrations.
+
+    Raises:
+        ValueError: The embedding size is not known.
     """
-    assert config.embedding_size is not None
+    if config.embedding_size is None:
+        raise ValueError(
+            "embedding_size is None and is found on a device, not on meta; give pooling and embedding_size."
+        )
     layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
     inputs = config.embedding_size
     if config.head_type == "mlp":
@@ -108,6 +114,8 @@ def head_loss(logits: Tensor, labels: Tensor, config: ZoobotConfig, *, training:
     smoothing = config.label_smoothing if training else 0.0
     if config.problem_type == "single_label_classification":
         _check_class_indices(labels, config)
+        if not loss_weight(labels, config):  # classes of weight 0 alone have no loss rather than a NaN one
+            return logits.sum() * 0
         return functional.cross_entropy(logits, labels.long(), weight=weights, label_smoothing=smoothing)
     if labels.shape != logits.shape:
         raise ValueError(

@@ -88,6 +88,8 @@ def _find_image(key: str, members: list[tarfile.TarInfo], *, path: Path) -> _Ima
     # "a.jpg" is the image of the galaxy "a", whatever else there is, such as a mask "a.seg.png".
     plain = [member for member in images if member.name.removeprefix("./").removeprefix(key).lower() in IMAGE_SUFFIXES]
     found = plain or images
+    # A link beside its own image is another name of it.
+    found = [member for member in found if not _is_link(member)] or found
     if len(found) > 1:
         raise CatalogError(
             f"tar archive {path} has {len(found)} images of the galaxy {key!r}: "

@@ -369,7 +369,8 @@ def start_run(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     earlier = read_manifest(folder)
     if earlier is None and (folder / contents).exists():
         raise SurveyError(f"{folder} has {contents} and no manifest.json that can be read; choose another output.")
-    if earlier is not None and [path.name for path in folder.rglob("*") if path.is_file()] == ["manifest.json"]:
+    files = [path.name for path in folder.rglob("*") if path.is_file() and not path.name.startswith(PARTIAL)]
+    if earlier is not None and files == ["manifest.json"]:
         earlier = None  # it failed before it had anything to lose
     for name, difference in FIXED.items():
         if earlier is not None and earlier.get(name) != wanted.get(name):

@@ -243,7 +243,10 @@ def _kept_epoch(trainer: FrozenStageTrainer | UnfrozenStageTrainer) -> float:
 
 def _without_diverged(stages: list[StageResult]) -> list[StageResult]:
     # Of a resumed run what is not finite is None.
-    numbers = {stage.name: [stage.validation_loss, *np.ravel(stage.validation_outputs)] for stage in stages}
+    numbers = {
+        stage.name: [stage.validation_loss, *np.ravel(stage.validation_outputs), *np.ravel(stage.test_outputs)]
+        for stage in stages
+    }
     diverged = [name for name, values in numbers.items() if not np.isfinite(np.array(values, dtype=float)).all()]
     remedy = f"The {' and the '.join(diverged)} stage has diverged to values that are not finite: lower learning_rate"
     if len(diverged) == len(stages):
