@@ -58,7 +58,7 @@ def test_questions_and_answers_with_unusual_names_are_shown(tmp_path, monkeypatc
     tree = {"name": "rings", "questions": [question]}
     plot_vote_fractions(*draw(tree), tree, tmp_path / "figure.png")
     (panel,) = figures[0].axes
-    assert panel.get_title() == "is it a ring galaxy of th…\n51 galaxies"
+    assert panel.get_title() == "is it a ring…rby universe\n51 galaxies"
     assert [text.get_text() for text in panel.get_legend().get_texts()] == [" _yes", r"\$5\$"]
 
 
