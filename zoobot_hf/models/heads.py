@@ -114,7 +114,8 @@ def head_loss(logits: Tensor, labels: Tensor, config: ZoobotConfig, *, training:
     smoothing = config.label_smoothing if training else 0.0
     if config.problem_type == "single_label_classification":
         _check_class_indices(labels, config)
-        if not loss_weight(labels, config):  # classes of weight 0 alone have no loss rather than a NaN one
+        if weights is not None and not weights[labels.long()].any():
+            # Classes of weight 0 alone have no loss rather than a NaN one.
             return logits.sum() * 0
         return functional.cross_entropy(logits, labels.long(), weight=weights, label_smoothing=smoothing)
     if labels.shape != logits.shape:
