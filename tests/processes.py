@@ -1,4 +1,4 @@
-"""Processes in which some packages are not to be found, as if they were not installed."""
+"""Processes in which some packages are not to be found, as if they were not installed, and several at once."""
 
 import os
 import subprocess
@@ -23,6 +23,23 @@ hidden = set(sys.argv.pop(1).split(","))
 sys.meta_path[:] = [Hider(finder) for finder in sys.meta_path]
 assert not any(importlib.util.find_spec(name) for name in hidden)
 """
+
+
+# Without a GPU, accelerate's launcher starts several processes only when told --multi_gpu.
+ON_TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+
+
+def run_on_two(script, *arguments):
+    """What a script in a file prints on two processes; the script's failure is the test's."""
+    done = subprocess.run(
+        [*ON_TWO_PROCESSES, str(script), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def run_without(packages, script, *arguments, **environment):

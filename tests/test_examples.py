@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from processes import ON_TWO_PROCESSES
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ALONE = [sys.executable]
-# Without a GPU, accelerate's launcher starts several processes only when told --multi_gpu.
-ON_TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -10,6 +7,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PilImage
+from processes import run_on_two
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
@@ -313,9 +311,4 @@ def test_two_processes_load_the_same_best_checkpoint(layer_norm_model, galaxy_fo
     layer_norm_model.save_pretrained(tmp_path / "model")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    # Without a GPU, accelerate's launcher starts several processes only when told --multi_gpu.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    arguments = [str(path) for path in (script, galaxy_folder, tmp_path / "model", tmp_path / "cache")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two(script, galaxy_folder, tmp_path / "model", tmp_path / "cache")

@@ -1,11 +1,9 @@
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
+from processes import run_on_two
 
 from zoobot_hf import ZoobotForImageClassification, ZoobotImageProcessor
 from zoobot_hf.training import embedding_cache, machine
@@ -226,13 +224,8 @@ def test_two_processes_share_the_work_and_store_what_one_does(layer_norm_model, 
     galaxies.save_to_disk(tmp_path / "galaxies")
     layer_norm_model.save_pretrained(tmp_path / "model")
     (tmp_path / "compute.py").write_text(COMPUTE)
-    # Without a GPU, accelerate's launcher starts several processes only when told --multi_gpu.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    folders = [tmp_path / name for name in ("compute.py", "galaxies", "model", "cache", "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *folders], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(done.stdout.splitlines()) == ["0 2", "1 2"]
+    printed = run_on_two(*(tmp_path / name for name in ("compute.py", "galaxies", "model", "cache", "out")))
+    assert sorted(printed.splitlines()) == ["0 2", "1 2"]
     (shared,) = list_cache(tmp_path / "cache")
     model = ZoobotForImageClassification.from_pretrained(tmp_path / "model")
     settings = {"views": Views(3), "cache_dir": tmp_path / "alone", "batch_size": 3}

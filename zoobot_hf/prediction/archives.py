@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from zoobot_hf.data.catalog import IMAGE_SUFFIXES, CatalogError
+from zoobot_hf.data.catalog import IMAGE_SUFFIXES, CatalogError, quote
 from zoobot_hf.data.images import UnreadableImageError
 
 from .galaxies import Row
@@ -93,7 +93,7 @@ def _find_image(key: str, members: list[tarfile.TarInfo], *, path: Path) -> _Ima
     if len(found) > 1:
         raise CatalogError(
             f"tar archive {path} has {len(found)} images of the galaxy {key!r}: "
-            f"{', '.join(repr(member.name) for member in found[:5])}; keep one, and no dot in the names of galaxies."
+            f"{quote(member.name for member in found[:5])}; keep one, and no dot in the names of galaxies."
         )
     if not found:
         return _Image(key, f"tar://{members[0].name}::{path}", str(path), _NO_IMAGE, _NO_IMAGE)

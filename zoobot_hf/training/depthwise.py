@@ -4,8 +4,8 @@ Its own depthwise convolutions are the slowest part of training a ConvNeXt or Mo
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ MEASURED_PROCESSORS = ("AVX2", "AVX512")
 SAFE_CHANNELS = 16  # the largest block of channels that oneDNN works on at once
 
 
-@contextmanager
-def fast_depthwise_convolutions(module: nn.Module) -> Iterator[None]:
+def fast_depthwise_convolutions(module: nn.Module) -> AbstractContextManager[None]:
     """Inside, depthwise convolutions on a CPU stay in float32 under mixed precision, and large kernels learn faster.
 
     In bfloat16 the gradient of a depthwise kernel takes up to four times as long as in float32, and half of a training
@@ -30,20 +29,16 @@ def fast_depthwise_convolutions(module: nn.Module) -> Iterator[None]:
     Args:
         module: A model or a part of one; its state is not touched.
     """
-    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d) and _is_depthwise(part)]
-    for convolution in convolutions:
-        is_large = _has_a_large_kernel(convolution)
-        forward = functools.partial(_convolve_with_large_kernel, convolution) if is_large else convolution.forward
-        convolution.forward = functools.partial(_compute_in_float32, forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for convolution in convolutions:
-            del convolution.forward
+    forwards = {}
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d) and _is_depthwise(part):
+            is_large = _has_a_large_kernel(part)
+            forward = functools.partial(_convolve_with_large_kernel, part) if is_large else part.forward
+            forwards[part] = functools.partial(_compute_in_float32, forward)
+    return _other_forwards(forwards)
 
 
-@contextmanager
-def safe_strided_convolutions(module: nn.Module) -> Iterator[None]:
+def safe_strided_convolutions(module: nn.Module) -> AbstractContextManager[None]:
     """Inside, 1 x 1 convolutions of few channels leave the pixels out that their stride skips, and then have none.
 
     oneDNN's gradient of such a kernel writes past its memory where channels come last, which ends the process
@@ -53,12 +48,17 @@ def safe_strided_convolutions(module: nn.Module) -> Iterator[None]:
         module: A model or a part of one; its state is not touched.
     """
     convolutions = [part for part in module.modules() if type(part) is nn.Conv2d and _is_unsafe(part)]
-    for convolution in convolutions:
-        convolution.forward = functools.partial(_convolve_without_stride, convolution)  # type: ignore[method-assign]
+    return _other_forwards({part: functools.partial(_convolve_without_stride, part) for part in convolutions})
+
+
+@contextmanager
+def _other_forwards(forwards: Mapping[nn.Conv2d, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    for convolution, forward in forwards.items():
+        convolution.forward = forward  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        for convolution in convolutions:
+        for convolution in forwards:
             del convolution.forward
 
 
