@@ -86,6 +86,18 @@ def test_identical_embeddings_are_duplicates():
     assert pairs[["id_str", "other_id_str", "distance"]].to_numpy().tolist() == [["a", "b", 0.0]]
 
 
+def test_copies_have_no_distance_and_no_say_in_the_usual_one():
+    vectors = np.random.default_rng(3).normal(size=(10, 16))
+    twice = np.concatenate([vectors, vectors[:8]])
+    columns = (twice - twice.mean(axis=0)) / twice.std(axis=0)
+    distances = np.linalg.norm(columns[:, None] - columns, axis=2)
+    others = np.sort(np.where(distances < 1e-9, np.inf, distances), axis=1)
+    usual = np.median(others[8:10, 0])  # of the two without a copy
+    pairs = find_near_duplicates(range(18), twice, ["train"] * 18, ratio=2)
+    assert (pairs["distance"] == 0).sum() == 8
+    assert pairs["distance"].iloc[8] == pytest.approx(others.min() / usual)
+
+
 @pytest.mark.parametrize(
     ("embeddings", "ratio", "message"),
     [
