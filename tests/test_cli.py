@@ -715,7 +715,7 @@ def test_a_folder_without_images_is_refused(encoder_folder, model_folder, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_column": "rings"}, r"has no column 'rings'; its columns are 'id_str', 'file_loc', 'ring'\."),
+        ({"label_column": "rings"}, r"has no column 'rings'; its columns are .* that of the labels is label_column\."),
         ({"label_column": None}, r"has no column 'label'; its columns are 'id_str', 'file_loc', 'ring'\."),
         ({"validation_fraction": 1.5}, r"validation_fraction is 1\.5; it must be between 0 and 1"),
         ({"test_fraction": 0}, r"test_fraction is 0\.0; it must be between 0 and 1"),

@@ -146,6 +146,7 @@ def test_linear_scales_all_bands_together(values):
     bands = np.stack(list(planes.values()), axis=-1)
     expected = np.round(255 * (bands - bands.min()) / (bands.max() - bands.min()))
     np.testing.assert_array_equal(image, expected.astype(np.uint8))
+    assert np.array_equal(rendered(planes, fits_bands="r", **options), rendered(planes, fits_bands=["r"], **options))
     swapped = rendered(planes, fits_bands=["G", "R", "z"], **options)
     np.testing.assert_array_equal(swapped, image[..., ::-1])
 

@@ -37,11 +37,15 @@ def test_the_scores_are_scikit_learns_and_say_for_whom(galaxies, sky):
     assert scores.population == ("labelled galaxies" if sky is None else "sky")
     assert scores.prevalence["ring"] == pytest.approx(labels.mean() if sky is None else 0.05)
     assert list(scores.labels) == ["ring"]
-    expected = expected_scores(probabilities[:, 1], labels, class_weights_for(labels, sky))
+    weights = class_weights_for(labels, sky)
+    accuracy = sklearn.metrics.accuracy_score(labels, probabilities.argmax(axis=1), sample_weight=weights)
+    assert scores.overall["accuracy"].value == pytest.approx(accuracy)
+    expected = expected_scores(probabilities[:, 1], labels, weights)
     for name, value in expected.items():
         estimate = scores.labels["ring"][name]
         assert estimate.value == pytest.approx(value)
         assert estimate.low < value < estimate.high
+    assert scores.labels["ring"]["expected_calibration_error"].low >= 0
     assert ("calibration_error_by_chance" in scores.labels["ring"]) == (sky is None)
     assert json.loads(json.dumps(scores.to_dict()))["labels"]["ring"]["roc_auc"]["value"] == pytest.approx(
         expected["roc_auc"]
@@ -97,14 +101,21 @@ def test_three_labels_are_scored_one_by_one(galaxies):
         assert {key: scores.labels[name][key].value for key in expected} == pytest.approx(expected)
 
 
-def test_several_labels_are_scored_where_they_are_known(galaxies):
+@pytest.mark.parametrize("sky", [None, [0.9, 0.2]])
+def test_several_labels_are_scored_where_they_are_known(galaxies, sky):
     probabilities, classes = galaxies
     labels = np.stack([1 - classes, classes], axis=1).astype(float)
     labels[:100, 0] = np.nan
     scores = score_probabilities(
-        probabilities, labels, label_names=NAMES, problem_type="multi_label_classification", draws=10
+        probabilities,
+        labels,
+        label_names=NAMES,
+        problem_type="multi_label_classification",
+        sky_prevalence=sky,
+        draws=10,
     )
-    expected = expected_scores(probabilities[100:, 0], labels[100:, 0], None)
+    weights = class_weights_for(labels[100:, 0], sky and [1 - sky[0], sky[0]])
+    expected = expected_scores(probabilities[100:, 0], labels[100:, 0], weights)
     assert {key: scores.labels["not ring"][key].value for key in expected} == pytest.approx(expected)
 
 

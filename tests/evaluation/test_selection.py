@@ -89,8 +89,8 @@ def test_galaxies_of_one_kind_are_refused():
 def test_purity_is_that_of_the_sky_and_completeness_that_of_any_sky():
     probability = [0.9] * 9 + [0.1] + [0.9] + [0.1] * 9
     has_label = [1] * 10 + [0] * 10
-    balanced = measure_selection(probability, has_label, threshold=0.5)
-    sky = measure_selection(probability, has_label, threshold=0.5, prevalence=0.05)
+    balanced = measure_selection(probability, has_label, threshold=0.9)  # which selects 0.9 as well
+    sky = measure_selection(probability, has_label, threshold=0.9, prevalence=0.05)
     assert (balanced.prevalence, sky.prevalence) == (0.5, 0.05)
     assert balanced.purity.value == pytest.approx(0.9)
     assert sky.purity.value == pytest.approx(0.05 * 0.9 / (0.05 * 0.9 + 0.95 * 0.1))
@@ -129,7 +129,7 @@ def test_a_selection_of_nothing_has_no_purity():
 
 def test_completeness_along_a_column():
     magnitude = [17.0, 17.5, 18.0, 18.5, 19.0, np.nan, 17.2]
-    probability = [0.9, 0.4, 0.8, 0.9, 0.1, 0.9, 0.9]
+    probability = [0.9, 0.4, 0.5, 0.9, 0.1, 0.9, 0.9]
     has_label = [1, 1, 1, 1, 1, 1, 0]
     table = completeness_by_column(magnitude, probability, has_label, threshold=0.5, bins=[17, 18, 19, 20])
     assert table["galaxies"].tolist() == [2, 2, 1]
@@ -139,7 +139,9 @@ def test_completeness_along_a_column():
     assert table.loc[0, ["completeness_low", "completeness_high"]].tolist() == pytest.approx([low, high])
     halves = completeness_by_column(magnitude, probability, has_label, threshold=0.5, bins=2)
     assert halves["galaxies"].sum() == 5
-    assert (halves["low"].iloc[0], halves["high"].iloc[-1]) == (17.0, 19.0)
+    assert halves[["low", "high"]].to_numpy().tolist() == [[17.0, 18.0], [18.0, 19.0]]
+    inner = completeness_by_column(magnitude, probability, has_label, threshold=0.5, bins=[17.5, 18.5])
+    assert inner["galaxies"].tolist() == [3]
     empty = completeness_by_column(magnitude, probability, has_label, threshold=0.5, bins=[17, 20, 21])
     assert empty["galaxies"].tolist() == [5, 0]
     assert np.isnan(empty["completeness"].iloc[1])

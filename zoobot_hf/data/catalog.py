@@ -298,8 +298,8 @@ def check_columns(names: Iterable[str], *, needed: Iterable[str], source: str) -
     missing = [name for name in needed if name not in there]
     if missing:
         raise CatalogError(
-            f"{source} has no column {quote(missing)}; its columns are {quote(there)}. Rename a column or name another "
-            "one."
+            f"{source} has no column {quote(missing)}; its columns are {quote(there)}. Rename a column, or say which "
+            "it is: that of the labels is label_column."
         )
 
 

@@ -90,7 +90,8 @@ class ZoobotImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = image_mean
         self.image_std = image_std
-        self.fits_bands = None if fits_bands is None else [str(band) for band in fits_bands]
+        names = [fits_bands] if isinstance(fits_bands, str) else fits_bands
+        self.fits_bands = None if names is None else [str(band) for band in names]
         self.fits_stretch = fits_stretch
         self.fits_percentiles = list(fits_percentiles)
         self.fits_softening = fits_softening
