@@ -180,10 +180,12 @@ def test_the_share_of_each_label_leaves_out_what_is_not_known():
     assert shares == [0.5, 1.0]
 
 
-def test_a_label_that_no_test_galaxy_has_costs_the_others_nothing():
+@pytest.mark.parametrize("mergers", [[0.0], [1.0, np.nan]])
+def test_a_label_without_contrast_among_the_test_galaxies_costs_the_others_nothing(mergers):
     generator = np.random.default_rng(4)
     labels = np.stack([np.arange(400) % 2, np.arange(400) < 40], axis=1).astype(float)
     logits = 2 * generator.normal(2 * labels - 1.0)
+    tested = np.stack([labels[40:, 0], np.resize(mergers, 360)], axis=1)
     equal, rare = {"ring": 0.5, "merger": 0.5}, {"ring": 0.02, "merger": 0.02}
     config = config_of(
         {0: "ring", 1: "merger"},
@@ -196,7 +198,7 @@ def test_a_label_that_no_test_galaxy_has_costs_the_others_nothing():
         validation_logits=logits,
         validation_labels=labels,
         test_logits=logits[40:],
-        test_labels=labels[40:],
+        test_labels=tested,
     )
     own = judgement.probabilities_as_labelled
     assert own[:, 0].mean() == pytest.approx(0.5, abs=0.05)

@@ -87,7 +87,7 @@ def test_float32_probabilities_do_not_warn():
 
 
 def test_several_labels_are_scored_one_by_one():
-    results = compute(MULTI, [[0.9, 0.2], [0.4, 0.3], [0.8, 0.6]], [[1, 0], [1, 0], [0, 1]])
+    results = compute(MULTI, [[0.9, 0.2], [0.4, 0.3], [0.8, 0.5]], [[1, 0], [1, 0], [0, 1]])
     assert results["accuracy"] == pytest.approx((1 / 3 + 1) / 2)
     assert results["balanced_accuracy"] == pytest.approx((1 / 4 + 1) / 2)
     assert results["completeness"] == pytest.approx((1 / 2 + 1) / 2)

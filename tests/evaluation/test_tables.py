@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from zoobot_hf.evaluation.tables import prediction_table
+from zoobot_hf.evaluation.tables import judged_table, prediction_table
 
 VALUES = np.array([[0.1, 0.9], [0.8, 0.2], [0.5, 0.5]])
 NAMES = ["a", "b", "c"]
@@ -18,6 +18,20 @@ def test_a_single_label_has_its_name_and_every_probability():
     assert table["predicted_label"].tolist() == ["ring", "not ring", "not ring"]
     assert table["probability_ring"].tolist() == pytest.approx([0.9, 0.2, 0.5])
     assert table["probability_ring"].dtype == np.float32
+
+
+def test_a_judged_galaxy_has_its_label_and_the_probability_of_that():
+    table = judged_table(NAMES, VALUES, [1, 1, 0], label_names=["not ring", "ring"])
+    assert list(table.columns) == [
+        "id_str",
+        "label",
+        "predicted_label",
+        "probability_not_ring",
+        "probability_ring",
+        "probability_of_label",
+    ]
+    assert table["label"].tolist() == ["ring", "ring", "not ring"]
+    assert table["probability_of_label"].tolist() == [0.9, 0.2, 0.5]
 
 
 def test_several_labels_have_no_single_prediction():

@@ -26,6 +26,8 @@ def test_friendly_fractions_are_empty_where_less_than_half_are_asked(concentrati
     np.testing.assert_allclose(table.loc["a"], [0.2, 0.8, 0.75, 0.25, 0.75, 0.25], rtol=1e-6)
     np.testing.assert_allclose(table.loc["b"], [0.9, 0.1, nan, nan, nan, nan], rtol=1e-6)
     np.testing.assert_allclose(table.loc["c"], [0.4, 0.6, 0.25, 0.75, nan, nan], rtol=1e-6)
+    half = concentrations.tail(1).assign(smooth_yes_concentration=5.0, smooth_no_concentration=5.0)
+    assert friendly_table(half, config)["bar_yes_fraction"].tolist() == [0.25]
 
 
 def test_the_advanced_table_has_all_fractions_with_intervals_and_shares_asked(concentrations, config):
