@@ -261,10 +261,12 @@ def test_a_run_goes_on_whose_processor_was_given_tuples(run):
     assert run("out", processor=ZoobotImageProcessor(32, **means), resume=True).kept_stage == first.kept_stage
 
 
-def test_resuming_with_other_galaxies_is_refused(run, rings):
-    run("out")
-    with pytest.raises(ValueError, match="had another dataset"):
-        run("out", resume=True, dataset=type(rings)({**rings, "train": rings["train"].select(range(20))}))
+def test_resuming_with_other_galaxies_or_labels_is_refused(run, rings):
+    run("out", skip_unfrozen=True)
+    train = rings["train"]
+    for other in (train.select(range(20)), train.map(lambda galaxy: {"label": 1 - galaxy["label"]})):
+        with pytest.raises(ValueError, match="had another dataset"):
+            run("out", resume=True, skip_unfrozen=True, dataset=type(rings)({**rings, "train": other}))
 
 
 def test_balancing_records_both_prevalences(run, rings, tmp_path):
