@@ -74,11 +74,11 @@ from .training.arguments import unfrozen_arguments_from_scratch as unfrozen_argu
 from .training.cross_validation import CrossValidation as CrossValidation
 from .training.cross_validation import cross_validate as cross_validate
 from .training.cross_validation import write_cross_validation as write_cross_validation
-from .training.finetuning import Finetuned as Finetuned
 from .training.finetuning import finetune as finetune
 from .training.label_efficiency import LabelCurve as LabelCurve
 from .training.label_efficiency import measure_label_curve as measure_label_curve
 from .training.label_efficiency import write_label_curve as write_label_curve
+from .training.run_report import Finetuned as Finetuned
 from .training.trainer import FrozenStageTrainer as FrozenStageTrainer
 from .training.trainer import UnfrozenStageTrainer as UnfrozenStageTrainer
 

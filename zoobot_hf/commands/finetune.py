@@ -26,7 +26,8 @@ from ..training.cross_validation import (
     split_for_final_model,
     write_cross_validation,
 )
-from ..training.finetuning import Finetuned, check_output, checkpoints_folder, finetune
+from ..training.finetuning import check_output, checkpoints_folder, finetune
+from ..training.run_report import Finetuned
 from .inputs import choose_device, load_dataset, load_processor, load_votes, stage_arguments
 from .options import add_device, add_encoder_and_dataset, add_precision, add_seed, number, share
 

@@ -4,7 +4,6 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
@@ -22,7 +21,7 @@ from zoobot_hf.publishing.hub import METRICS
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .cross_validation import CrossValidation
 from .machine import tune_memory_allocator
-from .run_report import count_labels, metrics_of, write_run
+from .run_report import Finetuned, count_labels, metrics_of, write_run
 from .stages import BEST_FOLDER, RUN_FILE, StageResult, best_stage, check_same_run, fingerprint_run, run_stages
 from .trainer import check_labels
 
@@ -32,30 +31,6 @@ SPLITS = ("train", "validation", "test")
 SPLITS_OF_FINAL_MODEL = ("train", "validation")  # after every galaxy was judged out of fold
 # Problems without classes, and what the model's outputs are.
 WITHOUT_CLASSES = {"regression": "values", "votes": "the answers to a decision tree"}
-
-
-class Finetuned(NamedTuple):
-    """A finetuned model and how it got there.
-
-    Attributes:
-        model: With the weights of the better stage.
-        stages: The stages that were run, in order.
-        kept_stage: Name of the stage with the lower validation loss.
-        output_dir: The folder that is ready for the Hub.
-        test_metrics: By stage, of the test galaxies as they are; of calibrated probabilities for their own prevalence.
-            Of a decision tree as `score_votes` has them. Empty where the galaxies were judged out of fold.
-        judgements: By stage, calibration, threshold and scores with intervals; for classes alone. Out of fold, of the
-            kept stage alone.
-        out_of_fold_metrics: Those of predictions out of fold in place of test metrics; None without them.
-    """
-
-    model: ModelWithHead
-    stages: list[StageResult]
-    kept_stage: str
-    output_dir: Path
-    test_metrics: dict[str, dict[str, Any]]
-    judgements: dict[str, Judgement]
-    out_of_fold_metrics: dict[str, Any] | None = None
 
 
 def finetune(
@@ -167,27 +142,29 @@ def finetune(
         _take_calibration(model, judgements[kept.name])
     measured = stages if out_of_fold is None else [kept]
     metrics = {stage.name: metrics_of(model, stage, judgements.get(stage.name), judged) for stage in measured}
+    finetuned = Finetuned(
+        model,
+        stages,
+        kept.name,
+        output_dir,
+        test_metrics=metrics if out_of_fold is None else {},
+        judgements=judgements,
+        out_of_fold_metrics=None if out_of_fold is None else metrics[kept.name],
+    )
     if PartialState().is_main_process:
         write_run(
-            output_dir,
-            model,
+            finetuned,
             processor,
             dataset,
             judged=judged,
             out_of_fold=out_of_fold,
-            stages=stages,
-            judgements=judgements,
-            metrics=metrics,
-            kept_stage=kept.name,
             counts=counts,
             dataset_name=dataset_name,
             cuts=cuts or {},
             license_name=license_name,
         )
     PartialState().wait_for_everyone()
-    if out_of_fold is not None:
-        return Finetuned(model, stages, kept.name, output_dir, {}, judgements, metrics[kept.name])
-    return Finetuned(model, stages, kept.name, output_dir, metrics, judgements)
+    return finetuned
 
 
 def _keep_best(model: ModelWithHead, stages: list[StageResult], work_dir: Path) -> StageResult:

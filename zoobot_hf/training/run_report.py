@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,57 +52,81 @@ LIMITS = (
 )
 
 
+class Finetuned(NamedTuple):
+    """A finetuned model and how it got there.
+
+    Attributes:
+        model: With the weights of the better stage.
+        stages: The stages that were run, in order.
+        kept_stage: Name of the stage with the lower validation loss.
+        output_dir: The folder that is ready for the Hub.
+        test_metrics: By stage, of the test galaxies as they are; of calibrated probabilities for their own prevalence.
+            Of a decision tree as `score_votes` has them. Empty where the galaxies were judged out of fold.
+        judgements: By stage, calibration, threshold and scores with intervals; for classes alone. Out of fold, of the
+            kept stage alone.
+        out_of_fold_metrics: Those of predictions out of fold in place of test metrics; None without them.
+    """
+
+    model: ModelWithHead
+    stages: list[StageResult]
+    kept_stage: str
+    output_dir: Path
+    test_metrics: dict[str, dict[str, Any]]
+    judgements: dict[str, Judgement]
+    out_of_fold_metrics: dict[str, Any] | None = None
+
+    @property
+    def kept(self) -> StageResult:
+        """The stage that was kept."""
+        return next(stage for stage in self.stages if stage.name == self.kept_stage)
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """By stage, of the test galaxies, or of the kept stage out of fold."""
+        return self.test_metrics if self.out_of_fold_metrics is None else {self.kept_stage: self.out_of_fold_metrics}
+
+
 def write_run(
-    folder: Path,
-    model: ModelWithHead,
+    finetuned: Finetuned,
     processor: ZoobotImageProcessor,
     dataset: DatasetDict,
     *,
     judged: Dataset,
     out_of_fold: CrossValidation | None,
-    stages: list[StageResult],
-    judgements: Mapping[str, Judgement],
-    metrics: Mapping[str, Mapping[str, Any]],
-    kept_stage: str,
     counts: Mapping[str, Mapping[str, int]],
     dataset_name: str | None,
     cuts: Mapping[str, int],
-    license_name: str | None = None,
+    license_name: str | None,
 ) -> None:
-    """Writes model, processor, card, metrics, tables of predictions and figures.
+    """Writes model, processor, card, metrics, tables of predictions and figures to the run's folder.
 
     Args:
-        folder: Made where it isn't there.
-        model: With the kept stage's weights and calibration.
+        finetuned: The model with the kept stage's weights and calibration, and how it got there.
         processor: Its image processor.
         dataset: The splits that it was trained on.
         judged: The galaxies that the scores are of: the test split, or in the order of `out_of_fold` all galaxies.
         out_of_fold: What models of folds said of them; None where the model itself predicted a test split.
-        stages: What each gave, in their order.
-        judgements: By stage; for classes alone. Out of fold, of the kept stage alone.
-        metrics: By stage, likewise, from `metrics_of`.
-        kept_stage: The stage whose weights these are.
         counts: Galaxies by split and label, before balancing.
         dataset_name: As in `finetune`.
         cuts: As in `finetune`.
         license_name: As in `finetune`.
     """
+    model, stages, kept, judgements = finetuned.model, finetuned.stages, finetuned.kept, finetuned.judgements
+    folder, judgement, metrics = finetuned.output_dir, judgements.get(kept.name), finetuned.metrics
     config = model.config
-    kept = next(stage for stage in stages if stage.name == kept_stage)
-    judgement = judgements.get(kept_stage)
     encoder = config.encoder_name or config.encoder_config.model_type
     dataset_id = _hub_id(dataset_name)
     save_model(folder, model, processor)
     tables = _test_tables(model, kept, judged, judgement) if out_of_fold is None else {PREDICTIONS: out_of_fold.table}
     for name, table in tables.items():
         write_catalog(table, folder / name)
-    write_json(folder / METRICS, _metrics_file(stages, judgements, metrics, kept_stage, out_of_fold))
+    write_json(folder / METRICS, _metrics_file(finetuned, out_of_fold))
     figures = draw_figures(
         folder,
         histories={stage.name: stage.history for stage in stages},
         kept_stage=kept.name,
         kept_epoch=kept.kept_epoch,
-        metrics=metrics[kept_stage],
+        metrics=metrics[kept.name],
         label_names=config.label_names,
         images=Pictures(judged, processor),
         judged=_judged_table(model, judgement, judged),
@@ -119,16 +143,16 @@ def write_run(
         labels=config.label_names,
         problem_type=config.problem_type,
         decision_tree=config.decision_tree,
-        questions=metrics[kept_stage].get("questions", {}),
+        questions=metrics[kept.name].get("questions", {}),
         image_size=processor.pixels,
-        stages=[_stage_facts(stage, judgements, metrics if out_of_fold is None else {}) for stage in stages],
+        stages=[_stage_facts(stage, judgements, finetuned.test_metrics) for stage in stages],
         kept_stage=kept.name,
         out_of_fold=None
         if out_of_fold is None
         else OutOfFoldFacts(
             folds=out_of_fold.folds["fold"].nunique(),
             galaxies=len(judged),
-            metrics=metrics[kept_stage],
+            metrics=metrics[kept.name],
             scores=_scores_by_population(judgement, GALAXIES_OUT_OF_FOLD),
         ),
         confidence=CONFIDENCE,
@@ -180,17 +204,12 @@ def _hub_id(name: str | None) -> str | None:
     return name if name and HUB_IDENTIFIER.fullmatch(name) and not Path(name).exists() else None
 
 
-def _metrics_file(
-    stages: list[StageResult],
-    judgements: Mapping[str, Judgement],
-    metrics: Mapping[str, Mapping[str, Any]],
-    kept_stage: str,
-    out_of_fold: CrossValidation | None,
-) -> dict[str, Any]:
+def _metrics_file(finetuned: Finetuned, out_of_fold: CrossValidation | None) -> dict[str, Any]:
     """By stage what was fitted and measured; what was measured out of fold has a place of its own."""
-    fitted: dict[str, Any] = {stage.name: {"validation_loss": stage.validation_loss} for stage in stages}
-    measured: dict[str, Any] = {name: dict(values) for name, values in metrics.items()}
-    for name, judgement in judgements.items():
+    kept_stage = finetuned.kept_stage
+    fitted: dict[str, Any] = {stage.name: {"validation_loss": stage.validation_loss} for stage in finetuned.stages}
+    measured: dict[str, Any] = {name: dict(values) for name, values in finetuned.metrics.items()}
+    for name, judgement in finetuned.judgements.items():
         fitted[name] |= {
             "calibration": judgement.calibration and vars(judgement.calibration),
             "remarks": judgement.remarks,
