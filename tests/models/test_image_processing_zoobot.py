@@ -93,12 +93,12 @@ def test_a_transparent_colour_without_an_alpha_channel_is_black(tmp_path):
 
 
 def test_sixteen_bits_are_divided_by_257(tmp_path):
-    levels = np.array([[0, 257 * 9, 257 * 200, 65535]], dtype=np.uint16).repeat(4, axis=0)
+    levels = np.array([[0, 257 * 9 + 129, 257 * 200, 65535]], dtype=np.uint16).repeat(4, axis=0)
     Image.fromarray(levels).save(tmp_path / "deep.png")
     image = Image.open(tmp_path / "deep.png")
     assert image.mode in ("I;16", "I")
     values = values_of(image, pixels=4)
-    assert (values[0, 0] * 255).round().int().tolist() == [0, 9, 200, 255]
+    assert (values[0, 0] * 255).round().int().tolist() == [0, 10, 200, 255]
     assert torch.equal(values[0], values[2])
 
 
@@ -175,6 +175,9 @@ def test_zoom_says_how_much_of_the_shorter_side_is_left():
     red = values_of(gradient(40, 60), pixels=20, zoom=2)[0] * 255 / 4
     # 20 of 40 pixels: x from 20 to 40 of 60
     assert torch.allclose(red[0], torch.arange(20, 40).float(), atol=0.01)
+    # 34.3 of 48 are 34.
+    red = values_of(gradient(48, 48), pixels=34, zoom=1.4)[0] * 255 / 4
+    assert torch.allclose(red[0], torch.arange(7, 41).float(), atol=0.01)
 
 
 @pytest.mark.parametrize("size", [(60, 40), (40, 60)])

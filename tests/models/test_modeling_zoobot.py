@@ -355,6 +355,8 @@ def test_a_model_is_loaded_in_the_type_that_is_asked_for(layer_norm_model, pixel
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
         for images in (pixel_values, pixel_values.bfloat16()):  # the processor gives float32
             assert logits_of(loaded, images).isfinite().all()
+        stored = torch.zeros(6, loaded.config.embedding_size)  # float32 or float16, whatever the model is in
+        assert loaded(embeddings=stored).logits.dtype == torch.bfloat16
 
 
 def test_a_checkpoint_that_lacks_weights_is_an_error(layer_norm_model, tmp_path):
@@ -468,6 +470,7 @@ def test_other_labels_replace_the_head(asked_for, names, finetuned_folder, layer
     assert moved(state_of(layer_norm_model.encoder), loaded.encoder) == set()
     assert not torch.equal(loaded.head[1].weight[:2], layer_norm_model.head[1].weight)
     assert loaded.config.label_names == names
+    assert not any(part.training for part in loaded.modules())
     assert {type(name) for name in loaded.config.label_names} == {str}
     assert loaded.config.label2id == {name: index for index, name in enumerate(names)}
     assert logits_of(loaded, pixel_values).shape == (6, len(names))

@@ -254,6 +254,11 @@ def test_a_card_says_where_its_intervals_are_from(problem_type, said):
     assert f"90% intervals, from drawing the galaxies again; those of {said} threshold selects are from post" in text
 
 
+def test_a_stage_without_a_score_keeps_its_column():
+    stages = [StageFacts(name="frozen"), StageFacts(name="unfrozen", scores={"labelled": {"roc_auc": (0.8, 0.7, 0.9)}})]
+    assert "| roc auc | - | 0.800 (0.700 to 0.900) |" in render(stages=stages, kept_stage="unfrozen")
+
+
 def test_a_bar_in_a_name_adds_no_column_to_a_table():
     labels = ("no ring", "S0|Sa")
     counts = {"train": {"no ring": 3, "S0|Sa": 4}}

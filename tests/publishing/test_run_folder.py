@@ -52,19 +52,20 @@ def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp
         monkeypatch.setattr(run_folder, name, lambda *_, **__: None)
     probability, has_label = np.array([0.1, 0.9]), np.array([False, True])
     selection = measure_selection(probability, has_label, threshold=0.5, prevalence=0.00032)
+    labels = ["z < 1", "???", "z > 1"]
     captions = draw_figures(
         tmp_path,
         histories={},
         kept_stage="frozen",
         kept_epoch=1,
         metrics={"confusion": []},
-        label_names=["z < 1", "???"],
+        label_names=labels,
         images=[],
         judged=pd.DataFrame(),
-        judged_labels=[JudgedLabel(name, probability, probability, has_label, selection) for name in ("z < 1", "???")],
+        judged_labels=[JudgedLabel(name, probability, probability, has_label, selection) for name in labels],
         judged_votes=JudgedVotes(probability, probability, {}, 10),
     )
-    assert len(captions) == 10
+    assert len(captions) == 13
     assert all(FIGURE_OF_RUN.fullmatch(path) for path in captions)
-    assert captions["figures/completeness_and_purity_z_1.png"].endswith("selected as 'z < 1', where 0.032% are.")
+    assert captions["figures/completeness_and_purity_z_1_0.png"].endswith("selected as 'z < 1', where 0.032% are.")
     assert captions["figures/roc_.png"] == "ROC, and purity against completeness where 0.032% are '???'."
