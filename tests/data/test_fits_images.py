@@ -28,7 +28,7 @@ def only_plane(path):
     return values
 
 
-@pytest.mark.parametrize("kind", ["float32", "float64", "int16", "int32", "uint8"])
+@pytest.mark.parametrize("kind", ["float32", "float64", "int16", "int32", "uint8", "uint16", "uint32", "uint64"])
 def test_an_image_of_any_type_comes_as_it_was_with_its_first_row_below(tmp_path, values, kind):
     data = values[0].round().astype(kind)
     planes = open_image(saved(tmp_path, fits.PrimaryHDU(data)))
@@ -42,6 +42,18 @@ def test_integers_are_scaled_and_blank_ones_are_nan(tmp_path):
     with fits.open(path, mode="update", do_not_scale_image_data=True) as file:
         file[0].header.update(BSCALE=0.5, BZERO=100.0, BLANK=-99)
     np.testing.assert_array_equal(only_plane(path), [[101.5, np.nan], [100.5, 101.0]])
+
+
+@pytest.mark.parametrize("make", [fits.ImageHDU, fits.CompImageHDU])
+@pytest.mark.parametrize(("kind", "zero"), [("int16", 2**15), ("int32", 2**31), ("uint8", -128)])
+def test_blank_pixels_are_nan_among_integers_of_the_other_sign(tmp_path, make, kind, zero):
+    highest = np.iinfo(kind).max
+    extension = make(np.array([[highest, highest - 1], [highest - 2, highest - 3]], dtype=kind))
+    extension.header.update(BLANK=int(highest), BZERO=zero)
+    with warnings.catch_warnings(action="ignore"):  # astropy's, of a card that it wouldn't write itself
+        path = saved(tmp_path, fits.PrimaryHDU(), extension)
+    top = highest + zero
+    np.testing.assert_array_equal(only_plane(path), [[top - 2, top - 3], [np.nan, top - 1]])
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress])
@@ -158,6 +170,7 @@ def test_a_strong_softening_keeps_the_brightest_at_white(values):
 
 def test_lupton_is_astropys():
     red, green, blue = (np.full((4, 4), value) for value in (2.0, 1.0, 0.5))
+    red[1, 1], green[1, 1], blue[1, 1] = np.nan, np.inf, -np.inf
     image = rendered(
         {"r": red, "g": green, "b": blue}, fits_bands=["r", "g", "b"], fits_stretch="lupton", fits_lupton=[0, 5, 8]
     )
@@ -166,6 +179,7 @@ def test_lupton_is_astropys():
     mean = 3.5 / 3
     factor = 25.5 / math.asinh(0.8) * math.asinh(8 * mean / 5) / mean
     np.testing.assert_allclose(image[0, 0], [2 * factor, factor, 0.5 * factor], atol=1)
+    assert image[1, 1].tolist() == [0, 0, 0]
 
 
 def test_bad_pixels_are_black_and_too_many_are_refused(values):
@@ -174,6 +188,7 @@ def test_bad_pixels_are_black_and_too_many_are_refused(values):
     image = rendered({"0": plane})
     assert image[3, 4].tolist() == image[5, 6].tolist() == [0, 0, 0]
     assert image.max() == 225
+    np.testing.assert_array_equal(rendered({"0": plane}, fits_most_bad_pixels=2 / 256), image)
     plane[:8] = np.nan
     with pytest.raises(ValueError, match=r"128 of 256 pixels are NaN or infinite, and fits_most_bad_pixels is 0\.1"):
         rendered({"0": plane})

@@ -93,7 +93,8 @@ def _open_fits(content: bytes) -> Planes:
             raise ValueError("it ends in the middle of a block")
         # Where values are missing, astropy warns and then fails. Its warnings can't be turned into errors here, because
         # Python's filters for them are the same in all threads.
-        with fits.open(io.BytesIO(content), memmap=False) as extensions:
+        # Astropy's shortcut for unsigned integers passes BLANK over; without it, those of 64 bits lose digits.
+        with fits.open(io.BytesIO(content), memmap=False, uint=b"BLANK  " not in content) as extensions:
             for name, values in _read_planes(extensions):
                 if name in planes:
                     raise ValueError(f"it has two extensions {name}")
