@@ -380,6 +380,11 @@ def test_whole_numbers_with_a_gap_keep_every_digit(suffix, folder, table):
     assert catalog["field"].dropna().tolist() == [999999, 1]
 
 
+def test_none_is_a_gap_among_whole_numbers(folder):
+    (folder / "galaxies.csv").write_text(f"id_str,file_loc,target\na,0.png,{IDENTIFIERS[0]}\nb,1.png,None\n")
+    assert read_catalog(folder / "galaxies.csv")["target"].dropna().tolist() == IDENTIFIERS[:1]
+
+
 def test_whole_numbers_of_another_tools_parquet_keep_every_digit(folder):
     columns = {"id_str": ["a", "b", "c"], "file_loc": ["0.png"] * 3, "target": [*IDENTIFIERS, None]}
     pq.write_table(pa.table({**columns, "share": [1.0, 2.0, None]}), folder / "galaxies.parquet")

@@ -6,6 +6,7 @@ from small_trees import make_question
 from zoobot_hf import DecisionTree, join_trees, load_survey, read_votes
 from zoobot_hf.data.population import draw_survey_parameters
 from zoobot_hf.data.volunteers import (
+    SCATTER,
     answer_probabilities,
     read_probabilities,
     simulate_votes,
@@ -57,9 +58,9 @@ def test_each_question_is_asked_of_those_whose_answers_lead_to_it(survey, galaxi
 def test_nobody_is_asked_a_question_twice(galaxies):
     bar, ring = make_question("bar", "yes", "no"), make_question("ring", "yes", "no")
     arms = make_question("has-spiral-arms", "yes", "no", asked_after=["bar_yes", "bar_no", "ring_yes", "ring_no"])
-    tree = DecisionTree.from_dict({"name": "mine", "questions": [bar, ring, arms]})
+    tree = DecisionTree.from_dict({"name": "mine", "questions": [arms, bar, ring]})
     votes = simulate_votes(galaxies.head(3), tree, seed=0, volunteers=30).votes
-    assert votes_on(tree.questions[2], votes, tree).tolist() == [30, 30, 30]
+    assert votes_on(tree.questions[0], votes, tree).tolist() == [30, 30, 30]
 
 
 def test_votes_follow_the_probabilities(galaxies):
@@ -77,6 +78,12 @@ def test_a_galaxys_votes_do_not_depend_on_the_others(galaxies):
     whole, some = (simulate_votes(table, TREE, seed=0) for table in (galaxies, galaxies.iloc[100:103]))
     assert np.array_equal(whole.votes[100:103], some.votes)
     assert np.array_equal(whole.probabilities[100:103], some.probabilities)
+
+
+def test_galaxies_that_look_the_same_have_a_scatter_of_their_own(galaxies):
+    same = galaxies.iloc[[0] * 400].set_index(galaxies.index)
+    yes, no = np.log(answer_probabilities(same, RINGS, seed=0)).T[:2]
+    assert (yes - no).std() == pytest.approx(SCATTER * np.sqrt(2), rel=0.1)
 
 
 @pytest.mark.parametrize(

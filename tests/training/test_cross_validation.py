@@ -69,10 +69,12 @@ def test_every_galaxy_is_predicted_once_by_a_model_that_did_not_see_it(validate,
         assert set(splits["validation"]["label"]) == {0, 1}
 
 
-def test_the_calibration_of_a_fold_comes_from_its_own_validation_split(validate, remembered):
+def test_the_calibration_of_a_fold_comes_from_its_own_validation_split(validate, remembered, layer_norm_model):
+    layer_norm_model.config.class_weights = [1.0, 3.0]  # count like so many galaxies
     result = validate()
     for fold, (splits, (stage,), _) in enumerate(remembered):
-        shares = np.bincount(splits["train"]["label"]) / len(splits["train"])
+        weighted = np.bincount(splits["train"]["label"]) * [1.0, 3.0]
+        shares = weighted / weighted.sum()
         calibration = fit_calibration(
             stage.validation_outputs, splits["validation"]["label"][:], training_prevalence=shares
         )
