@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,7 @@ METRICS = {
     "log_loss",
     "confusion",
 }
+ANOTHER_PROCESS = SimpleNamespace(is_main_process=False, num_processes=2)
 PROBABILITIES = ["probability_not_ring", "probability_ring"]
 
 
@@ -258,13 +260,19 @@ def test_more_folds_than_galaxies_of_a_class_are_refused(galaxy_folder, encoder_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_label_curve_is_printed_and_written(galaxy_folder, encoder_folder, tmp_path, zoobot_hf):
+def test_a_label_curve_is_printed_and_written_by_the_main_process(
+    galaxy_folder, encoder_folder, tmp_path, zoobot_hf, monkeypatch
+):
     options = {"encoder": encoder_folder, "dataset": galaxy_folder, "label_column": "ring", "device": "cpu"}
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    outcome = zoobot_hf(
-        "curve", *arguments, "--output_dir", tmp_path / "curve", "--numbers", 2, 4, 8, 16, "--seeds", 3,
-        "--skip_untrained",
-    )  # fmt: skip
+    arguments += ["--numbers", 2, 4, 8, 16, "--seeds", 3, "--skip_untrained", "--output_dir", tmp_path / "curve"]
+    with monkeypatch.context() as another_process:
+        another_process.setattr("zoobot_hf.commands.curve.PartialState", lambda: ANOTHER_PROCESS)
+        outcome = zoobot_hf("curve", *arguments)
+    assert outcome.status == 0
+    assert "labels" not in outcome.output
+    assert list((tmp_path / "curve").iterdir()) == []
+    outcome = zoobot_hf("curve", *arguments)
     assert outcome.status == 0
     assert re.search(r"mean over 3 seeds, by labelled galaxies of each class\nlabels +2 +4 +8 +16\n", outcome.output)
     assert "of accuracy" in outcome.output
@@ -1095,6 +1103,8 @@ def test_a_curve_looks_at_its_folder_first(galaxy_folder, encoder_folder, tmp_pa
     (tmp_path / "curve").write_text("My thesis")
     options = ("--encoder", encoder_folder, "--dataset", galaxy_folder, "--label_column", "ring")
     assert "curve, which is a file" in refused("curve", *options, "--output_dir", tmp_path / "curve")
+    (tmp_path / "label_curve.json").write_text("{}")
+    assert "already holds a curve; choose another one" in refused("curve", *options, "--output_dir", tmp_path)
 
 
 def test_an_overwriting_run_that_can_not_start_leaves_the_old_one(run_folder, galaxy_folder, encoder_folder, refused):

@@ -172,6 +172,9 @@ def test_tables_figure_and_extrapolation_are_written(measure, tmp_path):
     value = facts["extrapolation"]["more_labels"]["value"]
     assert value == (curve.extrapolation.more.value if math.isfinite(curve.extrapolation.more.value) else None)
     assert facts["extrapolation"]["in_words"] == curve.extrapolation.describe()
+    with pytest.raises(FileExistsError, match="out already holds a curve; choose another one, or delete the folder"):
+        write_label_curve(curve._replace(table=curve.table.head(3)), tmp_path / "out")
+    assert len(pd.read_csv(tmp_path / "out" / "label_curve.csv")) == len(table)
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):

@@ -3,10 +3,18 @@
 import argparse
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import DatasetDict
 
 from ..models.modeling_zoobot import ZoobotForImageClassification
-from ..training.label_efficiency import NUMBERS, SEEDS, make_curve_folder, measure_label_curve, write_label_curve
+from ..training.label_efficiency import (
+    NUMBERS,
+    SEEDS,
+    LabelCurve,
+    make_curve_folder,
+    measure_label_curve,
+    write_label_curve,
+)
 from .inputs import choose_device, load_dataset, load_processor
 from .options import add_device, add_encoder_and_dataset, add_seed, number
 
@@ -45,6 +53,12 @@ def run(options: argparse.Namespace) -> int:
         with_untrained=not options.skip_untrained,
         seed=options.seed,
     )
+    if PartialState().is_main_process:
+        _report(curve, options)
+    return 0
+
+
+def _report(curve: LabelCurve, options: argparse.Namespace) -> None:
     paths = write_label_curve(curve, options.output_dir)
     wide = curve.table.pivot_table(index=["score", "series"], columns="labels", values="value", sort=False)
     print(
@@ -53,4 +67,3 @@ def run(options: argparse.Namespace) -> int:
     if curve.extrapolation is not None:
         print(f"\n{curve.extrapolation.describe()}")
     print("\n" + "\n".join(map(str, paths)))
-    return 0

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 SMALLEST_PROBABILITY = 1e-300  # of a float64, so that its logarithm is a number
 NUMBERS = (5, 10, 20, 40, 80, 160)
 SEEDS = 20
+FACTS = "label_curve.json"
 FOLDS = 5  # a fifth of the galaxies is the test set
 VIEWS = Views(2)
 NUMBERS_AT_ONCE = 2**26  # embeddings that are in memory for one fit
@@ -180,11 +181,14 @@ def make_curve_folder(output_dir: str | Path) -> Path:
         output_dir: The folder.
 
     Raises:
+        FileExistsError: It holds a curve.
         NotADirectoryError: It is a file.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir is {folder}, which is a file; choose a folder.")
+    if (folder / FACTS).exists():
+        raise FileExistsError(f"output_dir {folder} already holds a curve; choose another one, or delete the folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -198,10 +202,12 @@ def write_label_curve(curve: LabelCurve, output_dir: str | Path) -> list[Path]:
             `label_curve.png` and `label_curve.pdf`.
 
     Raises:
+        FileExistsError: It holds a curve.
         NotADirectoryError: It is a file.
     """
     folder = make_curve_folder(output_dir)
-    paths = [folder / f"label_curve{end}" for end in (".csv", "_runs.csv", ".json", ".png", ".pdf")]
+    names = ("label_curve.csv", "label_curve_runs.csv", FACTS, "label_curve.png", "label_curve.pdf")
+    paths = [folder / name for name in names]
     write_catalog(curve.table, paths[0])
     write_catalog(curve.runs, paths[1])
     law = curve.extrapolation
