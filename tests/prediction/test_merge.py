@@ -1,3 +1,4 @@
+import functools
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from astropy.io import fits, votable
 from astropy.table import Table
 
 from zoobot_hf.data.catalog import CatalogError
+from zoobot_hf.prediction import merge
 from zoobot_hf.prediction.merge import merge_predictions
 from zoobot_hf.prediction.runs import SurveyError
 from zoobot_hf.prediction.survey import predict_survey
@@ -81,6 +83,14 @@ def test_the_catalogs_columns_are_joined(survey_folder, galaxy_folder, expected,
     table = pd.read_parquet(tmp_path / "merged.parquet")
     assert table["id_str"].tolist() == expected["id_str"].tolist()
     assert table["ring"].tolist() == list(galaxy_labels)
+
+
+def test_a_csv_file_is_in_utf_8_whatever_the_platform_writes(survey_folder, galaxy_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "open", functools.partial(open, encoding="ascii"), raising=False)
+    whole = pd.read_csv(galaxy_folder / "catalog.csv")
+    whole.assign(größe=1).to_csv(galaxy_folder / "foreign.csv", index=False)
+    merge_predictions(survey_folder, tmp_path / "merged.csv", catalog=galaxy_folder / "foreign.csv")
+    assert "größe" in (tmp_path / "merged.csv").read_text(encoding="utf-8").splitlines()[0]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".vot"])

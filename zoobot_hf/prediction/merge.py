@@ -137,7 +137,7 @@ def _write_parquet(
 
 def _write_csv(pieces: Iterator[pd.DataFrame], path: Path) -> int:
     count = 0
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         for number, piece in enumerate(pieces):
             piece.to_csv(file, index=False, header=number == 0)
             count += len(piece)
