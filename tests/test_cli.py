@@ -923,7 +923,28 @@ def test_images_are_embedded_once_and_predicted_from_their_embeddings(
     )
 
 
-def test_failures_of_a_survey_are_told(galaxy_folder, model_folder, tmp_path, zoobot_hf, refused):
+def test_embeddings_are_not_written_to_one_table(galaxy_folder, model_folder, tmp_path, refused):
+    line = refused("embed", "--model", model_folder, "--images", galaxy_folder, "--output", tmp_path / "table.PARQUET")
+    assert "table.PARQUET, one table, and embeddings go to a folder; choose a folder" in line
+
+
+def test_a_survey_is_not_written_into_the_folder_of_a_model(galaxy_folder, model_folder, tmp_path, zoobot_hf, refused):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    images = ("--model", model, "--images", galaxy_folder, "--output")
+    assert zoobot_hf("embed", *images, tmp_path / "embedded").status == 0
+    stored = ("--model", model, "--embeddings", tmp_path / "embedded", "--output")
+    for arguments in (("predict", *images, model), ("embed", *images, model), ("predict", *stored, model)):
+        assert "model is a folder that holds a model; choose another output" in refused(*arguments)
+    assert contents(model) == contents(model_folder)
+
+
+def test_several_processes_do_not_write_one_table(galaxy_folder, model_folder, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("zoobot_hf.commands.predict.PartialState", lambda: ANOTHER_PROCESS)
+    line = refused("predict", "--model", model_folder, "--images", galaxy_folder, "--output", tmp_path / "table.csv")
+    assert "table.csv, one table, and several processes share a folder; choose one, from which zoobot-hf merge" in line
+
+
+def test_failures_of_a_survey_are_told(galaxy_folder, model_folder, tmp_path, zoobot_hf, refused, monkeypatch):
     (galaxy_folder / "images/galaxy_03.png").unlink()
     predict = ("predict", "--model", model_folder, "--images", galaxy_folder, "--output")
     outcome = zoobot_hf(*predict, tmp_path / "survey")
@@ -935,6 +956,10 @@ def test_failures_of_a_survey_are_told(galaxy_folder, model_folder, tmp_path, zo
     assert "1 of 40 galaxies can't be embedded; their reasons:" in outcome.errors
     line = refused(*predict, tmp_path / "table.csv", "--max_failures", "3")
     assert "max_failures is for an output folder" in line
+    monkeypatch.setattr("zoobot_hf.commands.predict.PartialState", lambda: ANOTHER_PROCESS)
+    outcome = zoobot_hf(*predict, tmp_path / "survey")
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert "galaxies" not in outcome.output
 
 
 def test_predict_does_not_write_over_its_catalog(galaxy_folder, model_folder, refused):

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..data.catalog import CATALOG_FORMATS
 from ..models.modeling_zoobot import ZoobotModel
 from ..prediction.embeddings import embed_survey
 from ..training.embedding_cache import DTYPES
@@ -38,6 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.output.suffix.lower() in CATALOG_FORMATS:
+        raise ValueError(f"output is {options.output}, one table, and embeddings go to a folder; choose a folder.")
     device = choose_device(options.device)
     processor = load_processor(options.model, options)
     done = embed_survey(

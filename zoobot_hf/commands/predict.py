@@ -23,6 +23,7 @@ from ..prediction.galaxies import predict_galaxies, table_of
 from ..prediction.pieces import names_archive, names_hub_dataset
 from ..prediction.runs import Survey
 from ..prediction.survey import predict_survey
+from ..training.machine import prepare_processes
 from .inputs import HUB_OPTIONS, choose_device, find_images, load_classifier
 from .messages import complain
 from .options import add_batches, add_device, add_hub_dataset, add_survey
@@ -67,12 +68,14 @@ def run(options: argparse.Namespace) -> int:
 
 def report_survey(done: Survey, *, contents: str, participle: str) -> int:
     """The exit status of a run into a folder; the main process says what the run left there."""
-    if PartialState().is_main_process:
+    state = PartialState()
+    if state.is_main_process:
         print(f"{done.galaxies - done.failures} galaxies: {done.folder / contents}")
         if done.failures:
             path = done.folder / "failures.parquet"
             complain(f"{done.failures} of {done.galaxies} galaxies can't be {participle}; their reasons: {path}")
-    return 1 if done.failures else 0
+    # A launcher of several processes would take the status for a crash.
+    return 1 if done.failures and state.num_processes == 1 else 0
 
 
 def _predict_survey(options: argparse.Namespace) -> Survey:
@@ -119,6 +122,7 @@ def _predict_embeddings(options: argparse.Namespace) -> Survey:
 
 
 def _predict_table(options: argparse.Namespace) -> int:
+    prepare_processes()
     _check_options(options)
     device = choose_device(options.device)
     failures_path = options.output.with_name(f"{options.output.stem}-failures.csv")
@@ -152,7 +156,12 @@ def _predict_table(options: argparse.Namespace) -> int:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Refuses images and options that are for an output folder."""
+    """Refuses images, options and processes that are for an output folder."""
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            f"output is {options.output}, one table, and several processes share a folder; choose one, from which "
+            "zoobot-hf merge makes a table."
+        )
     is_pattern = glob.has_magic(options.images) and not Path(options.images).exists()
     if is_pattern or names_archive(options.images) or names_hub_dataset(options.images):
         raise ValueError(

@@ -44,7 +44,7 @@ from .runs import (
     wait_for_files,
 )
 from .shards import Shard, read_key, read_shard, shard_paths
-from .survey import arrow_table, hash_model
+from .survey import arrow_table, check_output_holds_no_model, hash_model
 from .tables import survey_table
 
 EMBEDDING = "embedding"
@@ -97,13 +97,14 @@ def embed_survey(
 
     Raises:
         CatalogError: The catalog can't be read, is empty, or has a name twice.
-        SurveyError: The folder holds the embeddings of another model or catalog or of another precision, or there are
-            too many failures.
+        SurveyError: The folder holds a model, or the embeddings of another model or catalog or of another precision;
+            or there are too many failures.
         OSError: No space left, or no right to write; finished files stay.
         ValueError: Another `dtype`, a PCA that can't be read or doesn't fit, or a size below 1.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose {' or '.join(sorted(DTYPES))}.")
+    check_output_holds_no_model(output)
     encoder = model.base_model
     given = None if pca is None or isinstance(pca, int) else _read_given(Path(pca), encoder)
     prepare_processes()
@@ -181,11 +182,12 @@ def predict_embeddings(
 
     Raises:
         SurveyError: There are no finished embeddings, they are damaged, reduced, or made by another encoder or image
-            processor; the output holds other predictions; or there are too many failures.
+            processor; the output holds a model or other predictions; or there are too many failures.
         OSError: No space left, or no right to write; finished files stay.
         ValueError: A prevalence that the model lacks.
     """
     check_prevalence(model, prevalence)
+    check_output_holds_no_model(output)
     source, folder = Path(embeddings), Path(output)
     stored = read_finished(source, contents="embeddings")
     _check_fit(stored, model, processor, folder=source)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import torch
+from transformers import CONFIG_NAME
 
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ModelWithHead
@@ -30,6 +31,7 @@ from .pieces import Source, check_catalog, find_source, name_of, read_pieces
 from .runs import (
     GALAXIES_IN_A_SHARD,
     Survey,
+    SurveyError,
     WorkOnImages,
     describe_run,
     finish_run,
@@ -83,12 +85,13 @@ def predict_survey(
 
     Raises:
         CatalogError: The catalog can't be read, is empty, or has a name twice; the Hub can't be reached.
-        SurveyError: The folder holds the predictions of another model or catalog or of another precision, or there are
-            too many failures.
+        SurveyError: The folder holds a model, or the predictions of another model or catalog or of another precision;
+            or there are too many failures.
         OSError: No space left, or no right to write; finished files stay.
         ValueError: A prevalence that the model lacks, or a size below 1.
     """
     check_prevalence(model, prevalence)
+    check_output_holds_no_model(output)
     prepare_processes()
     model.to(device)
     source = find_source(catalog)
@@ -118,6 +121,19 @@ def predict_survey(
         pieces = read_pieces(source, rows=manifest["shard_size"])
         run_shards(folder, manifest, work, pieces, retry_failures=retry_failures, max_failures=max_failures)
     return finish_run(folder, manifest)
+
+
+def check_output_holds_no_model(output: str | Path) -> None:
+    """Refuses a folder that holds a model, among whose files a survey's would be taken for its own.
+
+    Args:
+        output: Where a survey is to go.
+
+    Raises:
+        SurveyError: It holds one.
+    """
+    if (Path(output) / CONFIG_NAME).is_file():
+        raise SurveyError(f"output {output} is a folder that holds a model; choose another output.")
 
 
 def hash_model(model: ModelWithHead) -> str:
