@@ -127,6 +127,8 @@ def test_a_missing_column_is_named_with_those_there_are(folder, table):
 
     with pytest.raises(CatalogError, match=r"no column 'id_str', 'bar'; its columns are 'iauname', 'file_loc', 'ring'"):
         read_catalog(folder / "galaxies.csv", label_column="bar")
+    with pytest.raises(CatalogError, match=r"no column 'id_str'; its columns are .*\. Rename a column\.$"):
+        read_catalog(folder / "galaxies.csv", label_column="ring")
 
 
 def test_duplicate_names_are_counted_and_the_first_five_are_listed(folder):
@@ -218,14 +220,15 @@ def test_a_fits_image_is_no_catalog(tmp_path):
 
 
 def test_a_folder_gives_every_image_in_order(tmp_path):
-    for name in ["b/2.JPG", "a/1.png", "3.fits.gz", "b/notes.txt", "b/._2.JPG", ".cache/4.png"]:
+    for name in ["b/2.JPG", "a/1.png", "3.fits.gz", "b/4.fts", "b/5.fit.fz", "notes.txt", "._2.JPG", ".cache/6.png"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
 
     catalog = read_image_folder(tmp_path)
 
-    assert list(catalog["id_str"]) == ["3", "1", "2"]
-    assert list(catalog["file_loc"]) == [str(tmp_path / name) for name in ["3.fits.gz", "a/1.png", "b/2.JPG"]]
+    assert list(catalog["id_str"]) == ["3", "1", "2", "4", "5"]
+    in_order = ["3.fits.gz", "a/1.png", "b/2.JPG", "b/4.fts", "b/5.fit.fz"]
+    assert list(catalog["file_loc"]) == [str(tmp_path / name) for name in in_order]
 
 
 def test_subfolders_name_the_classes(tmp_path):
@@ -260,9 +263,13 @@ def test_a_folder_without_images_lists_the_suffixes(tmp_path):
         read_image_folder(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["catalog.csv", "catalog.parquet", "catalog.fits"])
+@pytest.mark.parametrize("name", ["catalog.csv", "Catalog.CSV", "catalog.parquet", "catalog.fits", "catalog.fits.gz"])
 def test_a_folder_with_a_catalog_is_that_catalog(name, folder, table):
-    write_catalog(table, folder / name)
+    uncompressed = folder / name.removesuffix(".gz")
+    write_catalog(table, uncompressed)
+    if name.endswith(".gz"):
+        (folder / name).write_bytes(gzip.compress(uncompressed.read_bytes()))
+        uncompressed.unlink()
 
     assert find_catalog(folder) == folder / name
     assert list(read_galaxies(folder, label_column="ring")["id_str"]) == NAMES

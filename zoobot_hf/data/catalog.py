@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.parsers.expat import ExpatError
@@ -41,11 +41,7 @@ IMAGE_SUFFIXES = (
     ".webp",
     ".bmp",
     ".gif",
-    ".fits",
-    ".fit",
-    ".fits.gz",
-    ".fits.bz2",
-    ".fits.fz",
+    *(fits_suffix + packed for fits_suffix in (".fits", ".fit", ".fts") for packed in ("", ".gz", ".bz2", ".fz")),
 )
 # What pandas, pyarrow and astropy raise for files that are damaged or not what their suffix says.
 _READ_ERRORS = (
@@ -111,7 +107,7 @@ def read_catalog(
     table = _read_table(path)
     names = ["id_str", "file_loc"] if needs_locations or "file_loc" in table.columns else ["id_str"]
     needed = [*names, *([label_column] if label_column else [])]
-    check_columns(table.columns, needed=needed, source=f"catalog {path}")
+    check_columns(table.columns, needed=needed, source=f"catalog {path}", labels=[label_column])
     if table.empty:
         raise CatalogError(f"catalog {path} has no rows; it needs one for each galaxy.")
     table = table.reset_index(drop=True)
@@ -161,8 +157,8 @@ def read_galaxies(
 
     Args:
         source: A catalog file; a folder that holds a file `catalog.csv`, `catalog.parquet`, `catalog.fits` (or another
-            suffix that `read_catalog` knows; the first of these is read); or any other folder, which is every image
-            in it.
+            suffix that `read_catalog` knows; the one that `find_catalog` gives is read); or any other folder, which is
+            every image in it.
         label_column: The column with the labels, if labels are needed; without a catalog, the name of the column that
             the subfolders' names go to.
         images_must_exist: As in `read_catalog`.
@@ -189,9 +185,12 @@ def find_catalog(folder: Path) -> Path | None:
         folder: Where to look; not below it.
 
     Returns:
-        The first of `catalog.csv`, `catalog.parquet`, `catalog.fits` and so on, in the order of `CATALOG_FORMATS`.
+        The first of `catalog.csv`, `catalog.parquet`, `catalog.fits` and so on, in the order of `CATALOG_FORMATS`, in
+        any case, and perhaps with `.gz` after it.
     """
-    candidates = (folder / f"catalog{suffix}" for suffix in CATALOG_FORMATS)
+    # Backwards, so that the one without .gz stays where both are there.
+    found = {_without_gz(name): folder / name for name in sorted(os.listdir(folder), reverse=True)}
+    candidates = (found[f"catalog{suffix}"] for suffix in CATALOG_FORMATS if f"catalog{suffix}" in found)
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
@@ -283,13 +282,16 @@ def check_columns_fit(names: Iterable[str], *, path: str | Path) -> None:
             )
 
 
-def check_columns(names: Iterable[str], *, needed: Iterable[str], source: str) -> None:
+def check_columns(
+    names: Iterable[str], *, needed: Iterable[str], source: str, labels: Sequence[str | None] = ()
+) -> None:
     """Nothing, if the columns that are needed are among those there are.
 
     Args:
         names: The columns there are.
         needed: Those that have to be.
         source: What has the columns, for the message: "catalog galaxies.csv".
+        labels: Which of them a label_column names; the message says so where one is missing.
 
     Raises:
         CatalogError: One is missing.
@@ -297,9 +299,9 @@ def check_columns(names: Iterable[str], *, needed: Iterable[str], source: str) -
     there = list(names)
     missing = [name for name in needed if name not in there]
     if missing:
+        advice = ", or say which it is: that of the labels is label_column" if set(missing) & set(labels) else ""
         raise CatalogError(
-            f"{source} has no column {quote(missing)}; its columns are {quote(there)}. Rename a column, or say which "
-            "it is: that of the labels is label_column."
+            f"{source} has no column {quote(missing)}; its columns are {quote(there)}. Rename a column{advice}."
         )
 
 
@@ -424,13 +426,17 @@ def column_for_astropy(column: pd.Series, *, file_format: str) -> MaskedColumn |
 
 
 def _find_format(path: Path) -> str:
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    suffix = Path(_without_gz(path.name)).suffix
     if suffix not in CATALOG_FORMATS:
         raise CatalogError(
             f"catalog {path} has the suffix {suffix!r}; known are {', '.join(CATALOG_FORMATS)}. Rename the file after "
             "its format, or save it in one of these; of images give the folder, and a folder to write to has no dot."
         )
     return CATALOG_FORMATS[suffix]
+
+
+def _without_gz(name: str) -> str:
+    return name.lower().removesuffix(".gz")
 
 
 def _find_format_to_write(path: Path) -> str:

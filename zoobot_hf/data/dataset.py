@@ -79,7 +79,7 @@ def catalog_to_dataset(
     """
     columns = _list_columns(label_column, problem_type=problem_type)
     needed = ["id_str", "file_loc", *columns, *keep_columns]
-    check_columns(catalog.columns, needed=needed, source="the catalog")
+    check_columns(catalog.columns, needed=needed, source="the catalog", labels=columns)
     _check_kept(keep_columns, taken=["id_str", "file_loc", "image"])
     table = catalog[["id_str", "file_loc", *keep_columns]].rename(columns={"file_loc": "image"})
     features = datasets.Features.from_arrow_schema(pa.Schema.from_pandas(table, preserve_index=False))
@@ -370,7 +370,7 @@ def _load_hub_dataset(source: str, *, configuration: str | None, revision: str |
 
 
 def _read_labels(split: datasets.Dataset, *, columns: list[str]) -> pd.DataFrame:
-    check_columns(split.column_names, needed=columns, source="the dataset")
+    check_columns(split.column_names, needed=columns, source="the dataset", labels=columns)
     table: pd.DataFrame = split.select_columns(columns).to_pandas() if columns else pd.DataFrame()
     for column in columns:
         if isinstance(split.features[column], datasets.ClassLabel):
