@@ -170,16 +170,15 @@ def test_a_strong_softening_keeps_the_brightest_at_white(values):
 
 def test_lupton_is_astropys():
     red, green, blue = (np.full((4, 4), value) for value in (2.0, 1.0, 0.5))
-    red[1, 1], green[1, 1], blue[1, 1] = np.nan, np.inf, -np.inf
-    image = rendered(
-        {"r": red, "g": green, "b": blue}, fits_bands=["r", "g", "b"], fits_stretch="lupton", fits_lupton=[0, 5, 8]
-    )
+    red[1, 1] = green[1, 1] = blue[1, 1] = np.nan
+    planes, options = {"r": red, "g": green, "b": blue}, {"fits_bands": ["r", "g", "b"], "fits_stretch": "lupton"}
+    image = rendered(planes, **options, fits_lupton=[0, 5, 8])
     # Lupton et al. 2004: every band times asinh(Q I / stretch) / I, I being the bands' mean; astropy's scale is such
     # that a tenth of white is where a linear stretch has it
     mean = 3.5 / 3
     factor = 25.5 / math.asinh(0.8) * math.asinh(8 * mean / 5) / mean
     np.testing.assert_allclose(image[0, 0], [2 * factor, factor, 0.5 * factor], atol=1)
-    assert image[1, 1].tolist() == [0, 0, 0]
+    assert rendered(planes, **options, fits_lupton=[-1, 5, 8])[1, 1].tolist() == [0, 0, 0]
 
 
 def test_bad_pixels_are_black_and_too_many_are_refused(values):

@@ -302,8 +302,9 @@ def test_images_that_are_refused_later_are_listed_too(galaxy, tmp_path):
     fits.PrimaryHDU(np.zeros((8, 8))).writeto(tmp_path / "0.fits")
     Image.new("F", (8, 8)).save(tmp_path / "1.tif")
     saved(galaxy, tmp_path / "2.png")  # of these none is refused
-    dataset = dataset_of([tmp_path / name for name in ("0.fits", "1.tif", "2.png")])
-    assert find_unreadable_images(dataset, prepare=refuse)["id_str"].tolist() == ["0", "1"]
-    with pytest.raises(UnreadableImageError, match=r"1\.tif: its planes are odd\. Mend"):
+    Image.new("I", (8, 8)).save(tmp_path / "3.tif")
+    dataset = dataset_of([tmp_path / name for name in ("0.fits", "1.tif", "2.png", "3.tif")])
+    assert find_unreadable_images(dataset, prepare=refuse)["id_str"].tolist() == ["0", "1", "3"]
+    with pytest.raises(UnreadableImageError, match=r"3\.tif: its planes are odd\. Mend"):
         check_images(dataset, prepare=refuse)
     check_images(dataset)

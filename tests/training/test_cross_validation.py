@@ -16,6 +16,7 @@ from zoobot_hf.evaluation.calibration import fit_calibration, probabilities_at_p
 from zoobot_hf.evaluation.scores import score_probabilities
 from zoobot_hf.training import cross_validation, stages
 from zoobot_hf.training.cross_validation import cross_validate, write_cross_validation
+from zoobot_hf.training.embedding_cache import Stored, Views
 from zoobot_hf.training.trainer import FrozenStageTrainer
 
 
@@ -111,6 +112,36 @@ def test_the_encoder_runs_once_for_all_folds_and_the_model_is_not_changed(valida
     assert all(torch.equal(value, before[name]) for name, value in layer_norm_model.state_dict().items())
 
 
+def test_the_fullest_part_has_most_galaxies_of_its_rarest_class():
+    part, labels = np.repeat([0, 1, 2], [4, 2, 4]), np.array([0, 0, 0, 0, 0, 1, 0, 0, 1, 1])
+    assert cross_validation._fullest(part, labels) == 2
+
+
+def test_the_seed_decides_the_new_heads(validate, layer_norm_model, monkeypatch):
+    layer_norm_model.config.head_type = "mlp"
+    heads = []
+
+    def stop(model, *_):
+        heads.append(model.head[1].weight)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cross_validation, "_train", stop)
+    for earlier in (0, 1):
+        torch.manual_seed(earlier)
+        with pytest.raises(KeyboardInterrupt):
+            validate()
+    assert torch.equal(*heads)
+
+
+def test_a_fold_is_trained_on_views_and_judged_by_plain_galaxies(galaxies):
+    plain, seen = (Stored(torch.zeros(40, count, 3), torch.arange(40), "") for count in (1, 4))
+    rows = {identifier: row for row, identifier in enumerate(galaxies["id_str"])}
+    shared, some = cross_validation._Shared(rows, plain, seen), galaxies.select([7, 3])
+    assert len(shared.of(some, views=Views(4))) == 8
+    assert len(shared.of(some, views=None)) == 2
+    assert shared.of(some, views=None).rows.tolist() == [7, 3]
+
+
 def test_each_fold_has_a_new_head(validate, remembered, layer_norm_model):
     settings = {"num_train_epochs": 1, "learning_rate": 1e-9, "embedding_cache": False}
     validate(frozen=FrozenStageArguments(use_cpu=True, disable_tqdm=True, **settings))
@@ -166,8 +197,10 @@ def test_folds_that_were_killed_go_on_where_they_were(validate, tmp_path, monkey
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["fold-0.json", "fold-1.json", "run.json"]
     with pytest.raises(ValueError, match=r"had another seed; resume .* or start anew"):
         validate(**unfrozen, work_dir=tmp_path / "work", seed=1)
+    (tmp_path / "work" / "notes.txt").touch()
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         validate(**unfrozen, work_dir=tmp_path / "work", overwrite=True)
+    assert (tmp_path / "work" / "notes.txt").exists()
 
 
 def test_predictions_are_for_the_sky_and_scores_say_which_population(validate):
@@ -214,6 +247,8 @@ def test_balanced_folds_have_the_labels_own_prevalence_again(validate, galaxies,
 
 def test_tables_scores_and_figures_are_written(validate, galaxies, processor, tmp_path):
     result = validate()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "roc_of_an_earlier_label.png").touch()
     paths = write_cross_validation(result, galaxies, tmp_path / "out", processor=processor)
     assert {path.name for path in paths} == {
         "out_of_fold.parquet",
@@ -260,6 +295,8 @@ def test_too_few_galaxies_for_the_folds_are_refused(validate, galaxies):
         validate(dataset=few, folds=4)
     with pytest.raises(ValueError, match="class 'ring' has 2 galaxies, fewer than the 3 folds"):
         validate(dataset=few.select(range(22)), folds=2)
+    with pytest.raises(ValueError, match="frozen is of the type UnfrozenStageArguments; give FrozenStageArguments, or"):
+        validate(frozen=UnfrozenStageArguments(use_cpu=True))
 
 
 def test_a_class_of_near_duplicates_is_refused_before_a_fold_is_trained(validate, remembered, galaxies):
