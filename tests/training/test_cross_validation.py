@@ -70,9 +70,17 @@ def test_every_galaxy_is_predicted_once_by_a_model_that_did_not_see_it(validate,
         assert set(splits["validation"]["label"]) == {0, 1}
 
 
-def test_the_calibration_of_a_fold_comes_from_its_own_validation_split(validate, remembered, layer_norm_model):
+@pytest.fixture
+def few_rings(galaxies):
+    """20 galaxies without a ring and 8 with one."""
+    return galaxies.select([row for row in range(40) if row % 2 == 0 or row < 16])
+
+
+def test_the_calibration_of_a_fold_comes_from_its_own_validation_split(
+    validate, remembered, layer_norm_model, few_rings
+):
     layer_norm_model.config.class_weights = [1.0, 3.0]  # count like so many galaxies
-    result = validate()
+    result = validate(dataset=few_rings)
     for fold, (splits, (stage,), _) in enumerate(remembered):
         weighted = np.bincount(splits["train"]["label"]) * [1.0, 3.0]
         shares = weighted / weighted.sum()
@@ -80,7 +88,7 @@ def test_the_calibration_of_a_fold_comes_from_its_own_validation_split(validate,
             stage.validation_outputs, splits["validation"]["label"][:], training_prevalence=shares
         )
         expected = softmax(calibration.apply(np.asarray(stage.test_outputs)), axis=1)
-        expected = probabilities_at_prevalence(expected, assumed_prevalence=shares, prevalence=[0.5, 0.5])
+        expected = probabilities_at_prevalence(expected, assumed_prevalence=shares, prevalence=[20 / 28, 8 / 28])
         rows = result.table[result.table["fold"] == fold].set_index("id_str").loc[splits["test"]["id_str"][:]]
         assert rows["probability_ring"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
         assert result.temperatures[fold] == calibration.temperature[0]
@@ -215,6 +223,9 @@ def test_predictions_are_for_the_sky_and_scores_say_which_population(validate):
     )
     truth = (result.table["label"] == "ring").to_numpy()
     assert result.scores.labels["ring"]["log_loss"].value == pytest.approx(log_loss(truth, back), abs=1e-5)
+    # The labels are audited at the training prevalence, which is one half too.
+    own = pd.Series(back[np.arange(40), truth.astype(int)], result.table["id_str"])[result.doubtful["id_str"]]
+    assert result.doubtful["probability_of_label"].to_numpy() == pytest.approx(own.to_numpy(), abs=1e-5)
 
 
 def test_near_duplicates_stay_in_one_fold_and_in_one_split(validate, remembered, galaxies, galaxy_images, caplog):
@@ -236,9 +247,8 @@ def test_near_duplicates_stay_in_one_fold_and_in_one_split(validate, remembered,
     assert "near-duplicates and stay in one fold" in caplog.text
 
 
-def test_balanced_folds_have_the_labels_own_prevalence_again(validate, galaxies, remembered):
-    few = galaxies.select([row for row in range(40) if row % 2 == 0 or row < 16])  # 20 without and 8 with a ring
-    result = validate(dataset=few, balance="oversample")
+def test_balanced_folds_have_the_labels_own_prevalence_again(validate, few_rings, remembered):
+    result = validate(dataset=few_rings, balance="oversample")
     for splits, _, _ in remembered:
         assert len(set(np.bincount(splits["train"]["label"]))) == 1
     assert len(result.table) == 28
