@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import re
 import shutil
@@ -805,6 +806,13 @@ def test_a_missing_option_is_one_line(refused):
     assert refused() == "zoobot-hf: the following arguments are required: COMMAND; see zoobot-hf --help"
 
 
+def test_an_unknown_or_abbreviated_option_is_refused_by_its_command(refused):
+    for option in ("--over", "--rings"):
+        line = refused("finetune", "--dataset=D", "--output_dir=O", option)
+        assert line == f"zoobot-hf finetune: unrecognized arguments: {option}; see zoobot-hf finetune --help"
+    assert refused("--rings", "cache") == "zoobot-hf: unrecognized arguments: --rings; see zoobot-hf --help"
+
+
 def test_cuda_is_refused_where_there_is_none(shared_galaxy_folder, encoder_folder, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     options = finetune_options(shared_galaxy_folder, encoder_folder, tmp_path / "out", device="cuda")
@@ -1029,6 +1037,25 @@ def test_an_interrupt_is_one_line_and_status_130(zoobot_hf, monkeypatch):
     monkeypatch.setattr("zoobot_hf.commands.predict.read_galaxies", fail_with(KeyboardInterrupt()))
     outcome = zoobot_hf(*PREDICT)
     assert (outcome.status, outcome.complaints) == (130, ["zoobot-hf: interrupted"])
+
+
+def test_an_interrupt_while_pytorch_is_imported_is_one_line_and_status_130(zoobot_hf, monkeypatch):
+    monkeypatch.setattr("zoobot_hf.cli.import_module", fail_with(KeyboardInterrupt()))
+    outcome = zoobot_hf(*PREDICT)
+    assert (outcome.status, outcome.complaints) == (130, ["zoobot-hf: interrupted"])
+
+
+def test_of_several_processes_the_main_one_alone_logs(zoobot_hf, monkeypatch):
+    def warn_and_fail(*_, **__):
+        logging.getLogger("zoobot_hf.data").warning("40 galaxies")
+        raise ValueError("stopped")
+
+    monkeypatch.setattr("zoobot_hf.commands.predict.read_galaxies", warn_and_fail)
+    for rank, logged in (("0", "40 galaxies\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        outcome = zoobot_hf(*PREDICT)
+        # Another process may have an error that the main one hasn't.
+        assert (outcome.output, outcome.complaints) == (logged, ["zoobot-hf: stopped"])
 
 
 def test_an_interrupted_finetuning_says_how_to_go_on(zoobot_hf, monkeypatch, shared_galaxy_folder):

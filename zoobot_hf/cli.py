@@ -3,10 +3,11 @@
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "push": "send a finished run to the Hub in one commit",
     "export": "turn a finetuned model into plain transformers or ONNX",
 }
+INTERRUPTED = 130  # what shells give for SIGINT
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The command line without the program's name; the process's own when absent.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser(arguments[0] if arguments else None).parse_args(arguments)
+    try:
+        options = _parser(arguments[0] if arguments else None).parse_args(arguments)
+    except KeyboardInterrupt:  # while PyTorch is imported, which takes seconds
+        complain("interrupted")
+        return INTERRUPTED
     try:
         with _log_on_stdout():
             return int(options.run(options))
@@ -46,13 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             raise
         complain(f"interrupted{options.advice}")
-        return 130  # what shells give for SIGINT
+        return INTERRUPTED
 
 
 @contextlib.contextmanager
 def _log_on_stdout() -> Iterator[None]:
     # The package's log alone: the libraries' loggers have handlers of their own, and would say everything twice.
     logger, handler = logging.getLogger(__package__), logging.StreamHandler(sys.stdout)
+    if os.environ.get("RANK", "0") != "0":  # a launcher's other processes say the same as the main one
+        handler.setLevel(logging.ERROR)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -72,15 +80,26 @@ def _in_one_line(error: Exception) -> str:
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line; argparse's own repeat every option before they say what is wrong."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Each command refuses what it doesn't know, and points to its own help; argparse leaves that to the program.
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parser(called: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(prog="zoobot-hf", description="Finetune a galaxy encoder, publish it, predict a survey.")
+    parser = _Parser(
+        prog="zoobot-hf", description="Finetune a galaxy encoder, publish it, predict a survey.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, help in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        # Abbreviated, --over would be --overwrite, which deletes.
+        description = f"{help[0].upper()}{help[1:]}."
+        command = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
         if name == called:
             module = import_module(f".commands.{name}", __package__)
             command.set_defaults(run=module.run, advice="")
