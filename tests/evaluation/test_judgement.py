@@ -3,12 +3,13 @@ from functools import partial
 import numpy as np
 import pytest
 from scipy.special import softmax
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import f1_score, log_loss, precision_score, roc_auc_score
 
 from zoobot_hf import ZoobotConfig, choose_threshold
 from zoobot_hf.evaluation import judgement as judgement_module
 from zoobot_hf.evaluation.judgement import judge, judge_out_of_fold, prevalence_of
 from zoobot_hf.evaluation.scores import score_probabilities
+from zoobot_hf.evaluation.selection import selection_curve
 
 TWO = {0: "not ring", 1: "ring"}
 
@@ -239,8 +240,47 @@ def test_a_class_that_no_test_galaxy_has_gets_no_probability_and_the_rest_is_sco
     assert judgement.remarks == [
         f"There are no scores of rare: {need}",
         f"There are no scores for the sky, which has rare: {need}",
-        f"The selections of rare can't be measured: {need}",
+        f"No selection can be measured for the sky, which has rare: {need}",
     ]
+    assert judgement.selections == {}
+    judgement = judge(
+        config,
+        validation_logits=logits[there],
+        validation_labels=labels[there],
+        test_logits=logits,
+        test_labels=labels,
+    )
+    need = "the validation galaxies need some with and some without it."
+    assert judgement.remarks == [
+        f"The probabilities are not calibrated, and no threshold selects rare: {need}",
+        f"There are no thresholds for the sky, which has rare: {need}",
+    ]
+    assert judgement.fields["decision_threshold"] is None
+
+
+@pytest.mark.parametrize("is_out_of_fold", [False, True])
+def test_selections_of_three_classes_are_for_a_sky_with_the_share_of_each(is_out_of_fold):
+    labels, means = np.arange(600) % 3, np.array([[0, 0], [3, 0], [3, 1.5]])  # what passes for a ring is often edge on
+    places = means[labels] + np.random.default_rng(6).normal(size=(600, 2))
+    logits = -((places[:, None] - means) ** 2).sum(axis=2) / 2
+    names, shares = ["smooth", "ring", "edge on"], np.array([0.9, 0.05, 0.05])
+    config = config_of(
+        dict(enumerate(names)),
+        training_prevalence=dict.fromkeys(names, 1 / 3),
+        sky_prevalence=dict(zip(names, shares.tolist(), strict=True)),
+    )
+    galaxies, used = {"validation_logits": logits, "validation_labels": labels}, np.arange(600) >= 300 * is_out_of_fold
+    judgement = judge(config, **galaxies, test_logits=logits, test_labels=labels)
+    if is_out_of_fold:
+        given = judgement.probabilities
+        judgement = judge_out_of_fold(config, **galaxies, probabilities=given, labels=labels, is_validation=~used)
+    for number, name in enumerate(names):
+        selection, has_label = judgement.selections[name], labels == number
+        selected = judgement.probabilities[:, number] >= selection.threshold
+        purity = precision_score(has_label[used], selected[used], sample_weight=shares[labels[used]])
+        assert (selection.prevalence, selection.purity.value) == pytest.approx((shares[number], purity))
+        curve = selection_curve(judgement.probabilities[:, number], has_label, weights=shares[labels])
+        assert f1_score(has_label, selected, sample_weight=shares[labels]) == pytest.approx(curve.f1.max())
 
 
 def test_the_share_of_a_label_that_nobody_knows_is_not_a_number():

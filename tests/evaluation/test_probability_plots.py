@@ -94,6 +94,27 @@ def test_completeness_and_purity_name_their_prevalence_and_the_selection(galaxie
     assert drawn[1].axes[0].get_title("left") == f"ring: {galaxies[1].mean():.3g} of these galaxies"
 
 
+def test_curves_of_three_classes_have_the_weights_of_the_numbers(drawn, tmp_path):
+    generator, sky = np.random.default_rng(2), [0.9, 0.05, 0.05]
+    classes = np.arange(300) % 3
+    probability = 1 / (1 + np.exp(-generator.normal(np.array([-3, 1, 0])[classes])))
+    galaxies, options = (probability, classes == 1), {"prevalence": sky, "classes": classes}
+    probability_plots.plot_completeness_and_purity(*galaxies, tmp_path / "selection.png", label="ring", **options)
+    probability_plots.plot_roc_and_precision_recall(*galaxies, tmp_path / "roc.png", label="ring", **options)
+    curves = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    for threshold in generator.uniform(0, probability.max(), 50):
+        measured = measure_selection(*galaxies, threshold=threshold, **options)
+        assert height_at(threshold, curves["Completeness"]) == pytest.approx(measured.completeness.value)
+        assert height_at(threshold, curves["Purity"]) == pytest.approx(measured.purity.value)
+    upper, lower = drawn[1].axes
+    weights = np.array(sky)[classes]
+    area = sklearn.metrics.roc_auc_score(classes == 1, probability, sample_weight=weights)
+    average = sklearn.metrics.average_precision_score(classes == 1, probability, sample_weight=weights)
+    assert upper.lines[1].get_label() == f"Area {area:.3f}"
+    assert lower.lines[1].get_label() == f"Average precision {average:.3f}"
+    assert drawn[0].axes[0].get_title("left") == lower.get_title("left") == "ring: 0.05 in the sky"
+
+
 def test_the_roc_and_its_area_are_scikit_learns(galaxies, drawn, tmp_path):
     probability_plots.plot_roc_and_precision_recall(*galaxies, tmp_path / "roc.png", label="ring")
     upper, lower = drawn[0].axes

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 from astropy.stats import binom_conf_interval
-from sklearn.metrics import precision_recall_curve, precision_score, recall_score, roc_curve
+from scipy.special import softmax
+from sklearn.metrics import f1_score, precision_recall_curve, precision_score, recall_score, roc_curve
 
 from zoobot_hf.evaluation.intervals import class_weights_for
 from zoobot_hf.evaluation.selection import (
@@ -67,9 +68,13 @@ def test_a_purity_that_cannot_be_reached_says_what_can_be():
     ("aim", "goal", "message"),
     [
         ("beauty", 0.9, "aim is 'beauty'; choose one of purity, completeness, f1"),
-        ("purity", None, "at_least is None; give the purity to be reached, above 0 and at most 1"),
+        (
+            "purity",
+            None,
+            r"at_least is None; give the purity to be reached, .* as at_least \(in .*: decision_at_least\)",
+        ),
         ("completeness", 90, "at_least is 90; give the completeness to be reached"),
-        ("f1", 0.9, "for f1 the best there is gets chosen; leave it out"),
+        ("f1", 0.9, r"leave it out, or choose purity or completeness as aim \(in finetuning: decision_aim\)"),
     ],
 )
 def test_an_aim_that_does_not_exist_is_refused(aim, goal, message):
@@ -166,6 +171,76 @@ def test_of_thresholds_of_equal_purity_the_most_complete_is_chosen():
     assert chosen.completeness.value == 1
     assert chosen.purity.value == 1
     assert chosen.threshold == pytest.approx(0.5)
+
+
+SKY = [0.9, 0.05, 0.05]
+
+
+def draw_three(counts, generator):
+    """Probabilities of class 1 in the sky, which class 2 resembles more than class 0 does, and class numbers."""
+    means = np.array([[0, 0], [3, 0], [3, 1.5]])
+    classes = np.repeat(np.arange(3), counts)
+    places = means[classes] + generator.normal(size=(len(classes), 2))
+    return softmax(np.log(SKY) - ((places[:, None] - means) ** 2).sum(axis=2) / 2, axis=1)[:, 1], classes
+
+
+@pytest.mark.parametrize(("aim", "goal"), [("purity", 0.6), ("completeness", 0.8), ("f1", None)])
+def test_of_three_classes_all_have_their_share_of_the_sky(aim, goal):
+    generator = np.random.default_rng(3)
+    given, classes = draw_three([4000] * 3, generator)
+    chosen = choose_threshold(given, classes == 1, aim=aim, at_least=goal, prevalence=SKY, classes=classes)
+    sky, sky_classes = draw_three(generator.multinomial(200_000, SKY), generator)
+    selected = sky >= chosen.threshold
+    assert chosen.prevalence == pytest.approx(0.05)
+    assert chosen.purity.value == pytest.approx(precision_score(sky_classes == 1, selected), abs=0.02)
+    assert chosen.completeness.value == pytest.approx(recall_score(sky_classes == 1, selected), abs=0.02)
+    assert chosen.false_positive_rate.value == pytest.approx(selected[sky_classes != 1].mean(), abs=0.002)
+    assert chosen.f1.value == pytest.approx(f1_score(sky_classes == 1, selected), abs=0.02)
+    curve = selection_curve(sky, sky_classes == 1)
+    allowed = goal is None or getattr(curve, aim) >= goal
+    other = {"purity": "completeness", "completeness": "purity", "f1": "f1"}[aim]
+    best = np.where(allowed, getattr(curve, other), 0).max()
+    assert getattr(chosen, other).value == pytest.approx(best, abs=0.03)
+    # Galaxies that are not of the class, as they were labelled, are another mixture.
+    assert measure_selection(given, classes == 1, threshold=chosen.threshold, prevalence=0.05).purity.high < (
+        chosen.purity.low
+    )
+
+
+def test_the_intervals_of_three_classes_hold_the_truth_as_often_as_they_say():
+    generator, rates = np.random.default_rng(1), np.array([0.02, 0.8, 0.3])
+    false = (0.9 * 0.02 + 0.05 * 0.3) / 0.95
+    true = {"purity": 0.05 * 0.8 / (0.05 * 0.8 + 0.95 * false), "false_positive_rate": false}
+    classes, inside = np.repeat(np.arange(3), [100, 60, 40]), dict.fromkeys(true, 0)
+    for _ in range(300):
+        given = np.where(generator.random(200) < rates[classes], 0.9, 0.1)
+        selection = measure_selection(given, classes == 1, threshold=0.5, prevalence=SKY, classes=classes)
+        for name, value in true.items():
+            estimate = getattr(selection, name)
+            inside[name] += estimate.low <= value <= estimate.high
+    assert all(0.85 < count / 300 < 0.96 for count in inside.values()), inside
+
+
+def test_of_two_classes_the_share_of_one_says_it_all(galaxies):
+    probability, has_label = galaxies
+    for options in ({"aim": "f1"}, {"aim": "purity", "at_least": 0.5}):
+        one = choose_threshold(probability, has_label, prevalence=0.05, **options)
+        assert choose_threshold(probability, has_label, prevalence=[0.95, 0.05], classes=has_label, **options) == one
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prevalence": [0.9, 0.1]}, r"prevalence is \[0.9, 0.1\]; give the share of galaxies with the label, between"),
+        ({"prevalence": 0.1, "classes": [0, 1, 2]}, r"prevalence is 0.1; give .* or with classes the share of each"),
+        ({"prevalence": SKY, "classes": [0, 1]}, r"classes, of the shape \(2,\), don't go with has_label, .* \(3,\)"),
+        ({"prevalence": SKY, "classes": [1, 1, 2]}, "one of them for all galaxies with the label, and for no others"),
+        ({"prevalence": SKY, "classes": [0, 1, 0]}, r"galaxies of each class are \[2, 1, 0\]"),
+    ],
+)
+def test_shares_that_are_not_those_of_the_classes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        measure_selection([0.1, 0.9, 0.2], [0, 1, 0], threshold=0.5, **options)
 
 
 @pytest.mark.parametrize("labels", [[0, 1, np.nan], [-1, 1, 1]])

@@ -162,6 +162,11 @@ class _Judge:
     def choose_thresholds(self, logits: Floats, labels: Labels, aim: str, at_least: float | None) -> None:
         given, thresholds = self.probabilities(logits), {}
         lacking = self.labels_without_contrast(labels)
+        if self.cannot_stand_for_the_sky(lacking):
+            self.remark(
+                f"There are no thresholds for the sky, which has {', '.join(lacking)}", whose="validation galaxies"
+            )
+            return
         for number in self.scored:
             name = self.config.label_names[number]
             if name in lacking:
@@ -173,7 +178,7 @@ class _Judge:
                     has_label,
                     aim=aim,
                     at_least=at_least,
-                    prevalence=self.sky_share(number),
+                    **sky_of_label(labels, number, self.config),
                 )
             except ValueError as error:
                 self.remarks.append(f"No threshold selects {name!r}: {error}")
@@ -207,14 +212,16 @@ class _Judge:
             remarks=self.remarks,
         )
 
-    def sky_share(self, number: int) -> float | None:
-        return None if self.sky is None else self.sky[number]
-
     def labels_without_contrast(self, labels: Labels) -> list[str]:
         """The labels that all of these galaxies have, or none: nothing can be fitted to them or measured of them."""
         names, problem_type = self.config.label_names, self.config.problem_type
         truths = {names[number]: truth_of_label(labels, number, problem_type)[1] for number in self.scored}
         return [name for name, has_label in truths.items() if len(np.unique(has_label)) < 2]
+
+    def cannot_stand_for_the_sky(self, lacking: list[str]) -> bool:
+        """Whether three or more classes lack galaxies of some: no weight gives these their share of the sky."""
+        is_one_of_several = self.config.problem_type == SINGLE_LABEL and self.config.num_labels > 2
+        return self.sky is not None and is_one_of_several and len(lacking) > 0
 
     def remark(self, consequence: str, *, whose: str) -> None:
         remark = f"{consequence}: the {whose} need some with and some without it."
@@ -249,15 +256,18 @@ class _Judge:
             self.remark(f"There are no scores of {', '.join(lacking)}", whose=whose)
         if len(lacking) == len(self.scored):
             return []
-        # No weight gives a class without a galaxy its share of the sky.
-        if lacking and sky and problem_type == SINGLE_LABEL:
+        if sky and self.cannot_stand_for_the_sky(lacking):
             self.remark(f"There are no scores for the sky, which has {', '.join(lacking)}", whose=whose)
             return []
         return [score_probabilities(given, labels, label_names=names, problem_type=problem_type, sky_prevalence=sky)]
 
     def _measure_selections(self, given: Floats, labels: Labels, *, whose: str) -> dict[str, Selection]:
         selections, thresholds = {}, self.config.decision_threshold or {}
-        lacking = [name for name in self.labels_without_contrast(labels) if name in thresholds]
+        lacking = self.labels_without_contrast(labels)
+        if thresholds and self.cannot_stand_for_the_sky(lacking):
+            self.remark(f"No selection can be measured for the sky, which has {', '.join(lacking)}", whose=whose)
+            return {}
+        lacking = [name for name in lacking if name in thresholds]
         if lacking:
             self.remark(f"The selections of {', '.join(lacking)} can't be measured", whose=whose)
         for name, threshold in thresholds.items():
@@ -266,10 +276,29 @@ class _Judge:
             number = self.config.label_names.index(name)
             known, has_label = truth_of_label(labels, number, self.config.problem_type)
             selection = measure_selection(
-                given[known, number], has_label, threshold=threshold, prevalence=self.sky_share(number)
+                given[known, number], has_label, threshold=threshold, **sky_of_label(labels, number, self.config)
             )
             selections[name] = selection._replace(aim=str(self.config.decision_aim))
         return selections
+
+
+def sky_of_label(labels: npt.ArrayLike, number: int, config: ZoobotConfig) -> dict[str, Any]:
+    """The sky that predictions are for, as `choose_threshold` takes it; nothing where they are for training.
+
+    Args:
+        labels: Class numbers (n,), or 0, 1 and NaN where it is not known (n, labels).
+        number: The label's.
+        config: The configuration of the model that has the labels.
+
+    Returns:
+        `prevalence` and, of three or more labels of which a galaxy has one, `classes`.
+    """
+    if config.predictions_for != "sky" or config.sky_prevalence is None:
+        return {}
+    shares = [config.sky_prevalence[name] for name in config.label_names]
+    if config.problem_type == SINGLE_LABEL and len(shares) > 2:
+        return {"prevalence": shares, "classes": labels}
+    return {"prevalence": shares[number]}
 
 
 def prevalence_of(labels: npt.ArrayLike, problem_type: str, *, count: int) -> list[float]:

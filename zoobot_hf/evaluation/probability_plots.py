@@ -15,11 +15,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .intervals import class_weights_for
 from .plots import COLUMN_WIDTH, FONT_SIZE, SMALL_FONT_SIZE, save_figure, shown_name
 from .power_law import Extrapolation
 from .reliability import BINS, reliability_table
-from .selection import Selection, selection_curve
+from .selection import Selection, selection_curve, weigh_galaxies
 
 STYLES = (("-", "o"), ("--", "s"), (":", "^"))
 GREYS = ("black", "0.45", "0.25", "0.6")
@@ -78,7 +77,8 @@ def plot_completeness_and_purity(
     path: str | Path,
     *,
     label: str,
-    prevalence: float | None = None,
+    prevalence: float | Sequence[float] | None = None,
+    classes: npt.ArrayLike | None = None,
     selection: Selection | None = None,
 ) -> None:
     """Draw completeness and purity against the threshold, at a prevalence that the title names.
@@ -88,14 +88,14 @@ def plot_completeness_and_purity(
         has_label: Whether each galaxy has it, (n,).
         path: Where the PNG is written, a PDF beside it; the folder is made.
         label: Its name.
-        prevalence: The share of galaxies with the label in the sky, 0-1; that of these galaxies when absent.
+        prevalence: As in `choose_threshold`.
+        classes: As in `choose_threshold`.
         selection: Marked with its intervals; nothing is marked when absent.
 
     Raises:
-        ValueError: What `selection_curve` refuses.
+        ValueError: What `weigh_galaxies` refuses, or `selection_curve`.
     """
-    truth = np.asarray(has_label) == 1
-    weights = class_weights_for(truth, None if prevalence is None else [1 - prevalence, prevalence])
+    share, weights, _ = weigh_galaxies(has_label, prevalence=prevalence, classes=classes)
     curve = selection_curve(probability, has_label, weights=weights)
     figure = Figure(figsize=(COLUMN_WIDTH, 2.6), layout="constrained")
     panel = figure.subplots()
@@ -114,7 +114,6 @@ def plot_completeness_and_purity(
             panel.errorbar(
                 selection.threshold, estimate.value, error, color=colour, marker=marker, markersize=3.5, capsize=2
             )
-    share = truth.mean() if prevalence is None else prevalence
     whose = "of these galaxies" if prevalence is None else "in the sky"
     panel.set_title(f"{shown_name(label)}: {share:.3g} {whose}", fontsize=SMALL_FONT_SIZE, loc="left", pad=3)
     # The probabilities of what is rare are small: as far as they go, and not on to 1.
@@ -132,7 +131,8 @@ def plot_roc_and_precision_recall(
     path: str | Path,
     *,
     label: str,
-    prevalence: float | None = None,
+    prevalence: float | Sequence[float] | None = None,
+    classes: npt.ArrayLike | None = None,
 ) -> None:
     """Draw completeness against the false positive rate (ROC), and purity against completeness (precision-recall).
 
@@ -141,15 +141,14 @@ def plot_roc_and_precision_recall(
         has_label: Whether each galaxy has it, (n,).
         path: Where the PNG is written, a PDF beside it; the folder is made.
         label: Its name.
-        prevalence: The share of galaxies with the label that purity is for, 0-1; that of these galaxies when absent.
+        prevalence: As in `choose_threshold`.
+        classes: As in `choose_threshold`.
 
     Raises:
-        ValueError: What `selection_curve` refuses.
+        ValueError: What `weigh_galaxies` refuses, or `selection_curve`.
     """
-    truth = np.asarray(has_label) == 1
-    weights = class_weights_for(truth, None if prevalence is None else [1 - prevalence, prevalence])
+    share, weights, _ = weigh_galaxies(has_label, prevalence=prevalence, classes=classes)
     curve = selection_curve(probability, has_label, weights=weights)
-    share = float(truth.mean() if prevalence is None else prevalence)
     completeness, rate = np.append(0.0, curve.completeness), np.append(0.0, curve.false_positive_rate)
     figure = Figure(figsize=(COLUMN_WIDTH, 5.2), layout="constrained")
     upper, lower = figure.subplots(2, 1)

@@ -3,7 +3,9 @@
 Completeness (recall) is the share of the galaxies with a label that are selected; it is the same at any prevalence, as
 long as galaxies with the label look the same. Purity (precision) is the share of the selected that have the label. It
 depends on the prevalence: a selection that is 90% pure among balanced galaxies is 32% pure where one in twenty has the
-label. So every purity here is for a prevalence that is named, and the galaxies are weighted to have it.
+label. So every purity here is for a prevalence that is named, and the galaxies are weighted to have it. Of three or
+more classes of which a galaxy has one, it depends on the shares of all: edge-on galaxies pass for rings more often than
+smooth ones do, and may be common or rare. So then the galaxies are weighted to have the share of each class.
 
 A galaxy is selected when its probability is at or above the threshold.
 """
@@ -17,6 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from .intervals import CONFIDENCE, Estimate, check_confidence, class_weights_for, interval_of_draws, share_with_interval
+from .metrics import class_numbers
 from .reliability import checked_galaxies
 
 AIMS = ("purity", "completeness", "f1")
@@ -25,6 +28,7 @@ BINS = 8
 
 Floats = npt.NDArray[np.floating[Any]]
 Booleans = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.integer[Any]]
 
 
 class Selection(NamedTuple):
@@ -91,6 +95,20 @@ class SelectionCurve(NamedTuple):
         return float(np.diff(self.completeness, prepend=0.0) @ self.purity)
 
 
+class WeightedGalaxies(NamedTuple):
+    """Galaxies that stand for those of the sky.
+
+    Attributes:
+        share: Of the galaxies with the label, 0-1.
+        weights: Of each galaxy, (n,), summing to n.
+        classes: Whose share each galaxy stands for, as a number, (n,).
+    """
+
+    share: float
+    weights: Floats
+    classes: Integers
+
+
 def selection_curve(
     probability: npt.ArrayLike, has_label: npt.ArrayLike, *, weights: npt.ArrayLike | None = None
 ) -> SelectionCurve:
@@ -130,7 +148,8 @@ def choose_threshold(
     *,
     aim: str,
     at_least: float | None = None,
-    prevalence: float | None = None,
+    prevalence: float | Sequence[float] | None = None,
+    classes: npt.ArrayLike | None = None,
 ) -> Selection:
     """The threshold that meets an aim best, and what it selects.
 
@@ -143,28 +162,32 @@ def choose_threshold(
         has_label: Whether each galaxy has it, (n,).
         aim: "purity", "completeness" or "f1" (the best there is).
         at_least: The purity or completeness to be reached, 0-1; not for f1.
-        prevalence: The share of galaxies with the label in the sky, 0-1; that of these galaxies when absent.
+        prevalence: The share of galaxies with the label in the sky, 0-1, or with `classes` the share of each class,
+            adding up to 1; that of these galaxies when absent.
+        classes: The class of each galaxy as a number from 0 on, (n,), where there are three or more, the label being
+            one of them: so that also those without the label are as many of each kind as in the sky.
 
     Raises:
-        ValueError: Another aim; a goal that is missing, out of range or can't be reached, with what can be; or what
-            `selection_curve` refuses.
+        ValueError: Another aim; a goal that is missing, out of range or can't be reached, with what can be; what
+            `weigh_galaxies` refuses, or `selection_curve`.
     """
     check_aim(aim, at_least)
     given, truth, _ = checked_galaxies(probability, has_label, None)
-    share, weights = _weighted(truth, prevalence)
-    curve = selection_curve(given, truth, weights=weights)
+    weighted = weigh_galaxies(truth, prevalence=prevalence, classes=classes)
+    curve = selection_curve(given, truth, weights=weighted.weights)
     if aim == "f1":
         best, words = int(curve.f1.argmax()), "best F1"
     else:
         reached, other = (curve.purity, curve.completeness) if aim == "purity" else (curve.completeness, curve.purity)
         allowed = reached >= float(at_least or 0) - 1e-12
         if not allowed.any():
-            raise ValueError(_what_can_be(curve, at_least, share))
+            raise ValueError(_what_can_be(curve, at_least, weighted.share))
         values = np.where(allowed, other, -1)
         # Thresholds fall along the curve: of equal ones the first has the highest purity, the last most galaxies.
         best = int(values.argmax()) if aim == "purity" else len(values) - 1 - int(values[::-1].argmax())
         words = f"{aim} of at least {at_least:g}"
-    selection = measure_selection(given, truth, threshold=float(curve.thresholds[best]), prevalence=share)
+    threshold = float(curve.thresholds[best])
+    selection = measure_selection(given, truth, threshold=threshold, prevalence=prevalence, classes=classes)
     return selection._replace(aim=words)
 
 
@@ -173,52 +196,98 @@ def measure_selection(
     has_label: npt.ArrayLike,
     *,
     threshold: float,
-    prevalence: float | None = None,
+    prevalence: float | Sequence[float] | None = None,
+    classes: npt.ArrayLike | None = None,
     confidence: float = CONFIDENCE,
 ) -> Selection:
     """Completeness and purity of the galaxies that a threshold selects, with intervals.
 
-    Completeness and false positive rate have Jeffreys intervals. Those of purity and f1 come from draws of both
-    posteriors: so a selection with no false positive among 50 galaxies is not called pure without a doubt.
+    Completeness and false positive rate have Jeffreys intervals. Those of purity and f1, and of the false positive rate
+    of several classes, come from draws of the posteriors of each class: so a selection with no false positive among 50
+    galaxies is not called pure without a doubt.
 
     Args:
         probability: Of the label, 0-1, (n,).
         has_label: Whether each galaxy has it, (n,).
         threshold: The lowest probability that is selected, 0-1.
-        prevalence: The share of galaxies with the label in the sky, 0-1; that of these galaxies when absent.
+        prevalence: As in `choose_threshold`.
+        classes: As in `choose_threshold`.
         confidence: Of the intervals, 0-1.
 
     Returns:
         The selection; its purity is NaN where nothing is selected.
 
     Raises:
-        ValueError: Numbers that don't fit, or all galaxies have the label, or none.
+        ValueError: Numbers that don't fit, or all galaxies have the label, or none; or what `weigh_galaxies` refuses.
     """
     check_confidence(confidence)
     given, truth, _ = checked_galaxies(probability, has_label, None)
     with_label, without = int(truth.sum()), int(len(truth) - truth.sum())
     if with_label == 0 or without == 0:
         raise ValueError(f"{with_label} galaxies are with the label and {without} without; give some of both kinds.")
-    share, _ = _weighted(truth, prevalence)
-    is_selected = given >= threshold
-    hits, mistakes = int(truth[is_selected].sum()), int((1 - truth[is_selected]).sum())
-    generator = np.random.default_rng(0)
+    weighted = weigh_galaxies(truth, prevalence=prevalence, classes=classes)
+    share, is_selected, lacks_label = weighted.share, given >= threshold, truth == 0
+    hits, generator = int(truth[is_selected].sum()), np.random.default_rng(0)
+    completeness = share_with_interval(hits, with_label, confidence=confidence)
     found = generator.beta(hits + 0.5, with_label - hits + 0.5, POSTERIOR_DRAWS)
-    mistaken = generator.beta(mistakes + 0.5, without - mistakes + 0.5, POSTERIOR_DRAWS)
-    purity, drawn_purity = (
-        _purity(c, f, share) for c, f in ((hits / with_label, mistakes / without), (found, mistaken))
+    rate, mistaken = _false_positive_rate(
+        is_selected[lacks_label],
+        weighted.classes[lacks_label],
+        weighted.weights[lacks_label],
+        generator=generator,
+        confidence=confidence,
     )
-    f1, drawn_f1 = (_f1(c, f, share) for c, f in ((hits / with_label, mistakes / without), (found, mistaken)))
+    pairs: tuple[tuple[Any, Any], ...] = ((completeness.value, rate.value), (found, mistaken))
+    purity, drawn_purity = (_purity(c, f, share) for c, f in pairs)
+    f1, drawn_f1 = (_f1(c, f, share) for c, f in pairs)
     return Selection(
         float(threshold),
         share,
-        share_with_interval(hits, with_label, confidence=confidence),
+        completeness,
         interval_of_draws(float(purity), drawn_purity, confidence=confidence),
         interval_of_draws(float(f1), drawn_f1, confidence=confidence),
-        share_with_interval(mistakes, without, confidence=confidence),
+        rate,
         with_label,
         without,
     )
+
+
+def weigh_galaxies(
+    has_label: npt.ArrayLike,
+    *,
+    prevalence: float | Sequence[float] | None = None,
+    classes: npt.ArrayLike | None = None,
+) -> WeightedGalaxies:
+    """Weights that give the galaxies with a label, or those of each class, the share that they have in the sky.
+
+    Args:
+        has_label: Whether each galaxy has it, (n,).
+        prevalence: As in `choose_threshold`; without it all weigh the same, and classes make no difference.
+        classes: As in `choose_threshold`.
+
+    Raises:
+        ValueError: A share out of range, shares that are not for these classes, or a label that is not one of them.
+    """
+    truth = np.asarray(has_label) == 1
+    if prevalence is None:
+        return WeightedGalaxies(float(truth.mean()), np.ones(len(truth)), truth.astype(np.int64))
+    shares = np.asarray(prevalence, dtype=np.float64)
+    if shares.ndim != (classes is not None) or not ((shares > 0) & (shares < 1)).all():
+        raise ValueError(
+            f"prevalence is {prevalence!r}; give the share of galaxies with the label, between 0 and 1, or with "
+            "classes the share of each."
+        )
+    if classes is None:
+        numbers, shares = truth.astype(np.int64), np.array([1 - shares, shares])
+    else:
+        numbers = class_numbers(classes)
+        if numbers.shape != truth.shape or not np.array_equal(numbers == numbers[truth.argmax()], truth):
+            raise ValueError(
+                f"classes, of the shape {numbers.shape}, don't go with has_label, of the shape {truth.shape}; give the "
+                "class of each galaxy, which is one of them for all galaxies with the label, and for no others."
+            )
+    weights = class_weights_for(numbers, shares.tolist())
+    return WeightedGalaxies(float(shares[numbers[truth.argmax()]] / shares.sum()), weights, numbers)
 
 
 def completeness_by_column(
@@ -283,17 +352,15 @@ def check_aim(aim: str, at_least: float | None) -> None:
     if aim not in AIMS:
         raise ValueError(f"aim is {aim!r}; choose one of {', '.join(AIMS)}.")
     if aim == "f1" and at_least is not None:
-        raise ValueError(f"at_least is {at_least!r}, but for f1 the best there is gets chosen; leave it out.")
+        raise ValueError(
+            f"at_least is {at_least!r}, but for f1 the best there is gets chosen; leave it out, or choose purity or "
+            "completeness as aim (in finetuning: decision_aim)."
+        )
     if aim != "f1" and (at_least is None or not 0 < at_least <= 1):
-        raise ValueError(f"at_least is {at_least!r}; give the {aim} to be reached, above 0 and at most 1.")
-
-
-def _weighted(truth: Floats, prevalence: float | None) -> tuple[float, Floats]:
-    if prevalence is None:
-        return float(truth.mean()), np.ones(len(truth))
-    if not 0 < prevalence < 1:
-        raise ValueError(f"prevalence is {prevalence!r}; give the share of galaxies with the label, between 0 and 1.")
-    return float(prevalence), class_weights_for(truth, [1 - prevalence, prevalence])
+        raise ValueError(
+            f"at_least is {at_least!r}; give the {aim} to be reached, above 0 and at most 1, as at_least (in "
+            "finetuning: decision_at_least)."
+        )
 
 
 def _what_can_be(curve: SelectionCurve, at_least: float | None, share: float) -> str:
@@ -302,6 +369,22 @@ def _what_can_be(curve: SelectionCurve, at_least: float | None, share: float) ->
         f"a purity of {at_least:g} can't be reached: the highest on these galaxies, where {share:.2%} have the label, "
         f"is {curve.purity[best]:.3f}, at a completeness of {curve.completeness[best]:.3f}; ask for that or less."
     )
+
+
+def _false_positive_rate(
+    is_selected: Booleans, classes: Integers, weights: Floats, *, generator: np.random.Generator, confidence: float
+) -> tuple[Estimate, Floats]:
+    """The rate of galaxies that all lack the label, and draws of its posterior; each class has one with a prior."""
+    rate, drawn, numbers = 0.0, np.zeros(POSTERIOR_DRAWS), np.unique(classes)
+    for number in numbers:
+        inside = classes == number
+        mistakes, trials = int(is_selected[inside].sum()), int(inside.sum())
+        part = float(weights[inside].sum() / weights.sum())
+        rate += part * mistakes / trials
+        drawn += part * generator.beta(mistakes + 0.5, trials - mistakes + 0.5, POSTERIOR_DRAWS)
+    if len(numbers) == 1:
+        return share_with_interval(mistakes, trials, confidence=confidence), drawn
+    return interval_of_draws(rate, drawn, confidence=confidence), drawn
 
 
 def _purity(completeness: Any, false_positive_rate: Any, share: float) -> Any:
