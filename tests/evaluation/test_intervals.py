@@ -3,6 +3,7 @@ import pytest
 from scipy.stats import beta
 
 from zoobot_hf.evaluation.intervals import (
+    SMALLEST_CLASS,
     bootstrap_counts,
     bootstrap_estimates,
     class_weights_for,
@@ -68,6 +69,20 @@ def test_the_bootstrap_of_a_mean_has_its_standard_error():
     )
 
 
-def test_draws_that_are_all_the_same_say_nothing_about_the_truth():
-    estimate = bootstrap_estimates(lambda weights: {"share": 1.0}, np.zeros(40), np.ones(40), draws=10)["share"]
-    assert estimate == pytest.approx((1.0, np.nan, np.nan), nan_ok=True)
+def test_draws_that_nearly_all_agree_say_nothing_about_the_truth():
+    scores = iter([0.0, 0.7, *[0.0] * 99])
+    estimates = bootstrap_estimates(
+        lambda weights: {"share": 1.0, "completeness": next(scores)}, np.zeros(40), np.ones(40), draws=100
+    )
+    assert estimates["share"] == pytest.approx((1.0, np.nan, np.nan), nan_ok=True)
+    assert estimates["completeness"] == pytest.approx((0.0, np.nan, np.nan), nan_ok=True)
+
+
+@pytest.mark.parametrize("count", [1, SMALLEST_CLASS - 1, SMALLEST_CLASS])
+def test_a_class_of_few_galaxies_has_no_bootstrap_interval(count):
+    strata, values = np.repeat([0, 1], [count, 40]), np.random.default_rng(0).normal(size=40 + count)
+    mean = bootstrap_estimates(
+        lambda weights: {"mean": float(np.average(values, weights=weights))}, strata, np.ones(40 + count), draws=50
+    )["mean"]
+    assert mean.value == pytest.approx(values.mean())
+    assert np.isnan(mean[1:]).all() if count < SMALLEST_CLASS else mean.low < mean.value < mean.high

@@ -5,6 +5,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import zoobot_hf
+from zoobot_hf.evaluation.intervals import SMALLEST_CLASS
 from zoobot_hf.evaluation.vote_metrics import CONFIDENT_MAJORITY, CONFIDENT_VOTES
 from zoobot_hf.publishing.model_card import (
     ModelCardFacts,
@@ -249,9 +250,12 @@ def test_the_threshold_on_a_card_selects_the_same_galaxies(threshold, shown):
     [("single_label_classification", "accuracy and of what a"), ("multi_label_classification", "what a")],
 )
 def test_a_card_says_where_its_intervals_are_from(problem_type, said):
-    stage = StageFacts(name="frozen", scores={"labelled": {"roc_auc": (0.8, 0.7, 0.9)}})
+    scores = {"roc_auc": (0.8, 0.7, 0.9), "average_precision": (0.6, math.nan, math.nan)}
+    stage = StageFacts(name="frozen", scores={"labelled": scores})
     text = render(problem_type=problem_type, stages=[stage])
     assert f"90% intervals, from drawing the galaxies again; those of {said} threshold selects are from post" in text
+    assert f"There is none where a class has fewer than {SMALLEST_CLASS} galaxies" in text
+    assert "| roc auc | 0.800 (0.700 to 0.900) |\n| average precision | 0.600 |" in text
 
 
 def test_a_stage_without_a_score_keeps_its_column():

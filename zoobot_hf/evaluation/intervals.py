@@ -3,7 +3,8 @@
 Shares of galaxies (accuracy, completeness, a rate of false positives) have Jeffreys intervals, which stay honest where
 all or none of a few galaxies count. Everything else is bootstrapped: galaxies are drawn again with replacement, as many
 of each class as there are, so that no draw is without a rare class; the intervals are for a population with just these
-shares of the classes. A row is a galaxy: average several views of one first, or the intervals come out too narrow.
+shares of the classes, and are too narrow where a class has few galaxies (`bootstrap_estimates`). A row is a galaxy:
+average several views of one first, or the intervals come out narrower still.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from astropy.stats import binom_conf_interval
 
 CONFIDENCE = 0.9
 DRAWS = 500
+SMALLEST_CLASS = 10  # with fewer galaxies of a class, drawing them again says too little
 
 Floats = npt.NDArray[np.floating[Any]]
 Booleans = npt.NDArray[np.bool_]
@@ -145,8 +147,10 @@ def bootstrap_estimates(
 ) -> dict[str, Estimate]:
     """Scores of weighted galaxies with their bootstrap intervals.
 
-    The ends are NaN where every draw has the same score, as the ROC AUC of galaxies that are told apart without error:
-    such draws don't say how far the truth may be.
+    With 40 galaxies of each of two classes an interval of 90% holds the truth in 80-85% of cases, with fewer less
+    often: for the ROC AUC in 77% with 10 galaxies of one class, and in 11% with a single one, which is in every draw.
+    So both ends are NaN where a class has fewer than 10 galaxies; and where they would be the same, as those of the ROC
+    AUC of galaxies that are told apart without error: draws that agree don't say how far the truth may be.
 
     Args:
         score: From weights (n,) to scores by name.
@@ -157,12 +161,12 @@ def bootstrap_estimates(
         seed: Decides them.
     """
     values = score(weights)
+    if np.unique(strata, return_counts=True)[1].min() < SMALLEST_CLASS:
+        return {name: Estimate(value, np.nan, np.nan) for name, value in values.items()}
     drawn = [score(weights * counts) for counts in bootstrap_counts(strata, draws=draws, seed=seed)]
     estimates = {}
     for name, value in values.items():
-        scores = [own[name] for own in drawn]
-        if np.allclose(scores, value, rtol=0, atol=1e-12):
-            estimates[name] = Estimate(value, np.nan, np.nan)
-        else:
-            estimates[name] = interval_of_draws(value, scores, confidence=confidence)
+        estimate = interval_of_draws(value, [own[name] for own in drawn], confidence=confidence)
+        has_width = not np.isclose(estimate.low, estimate.high, rtol=0, atol=1e-12)
+        estimates[name] = estimate if has_width else Estimate(value, np.nan, np.nan)
     return estimates

@@ -1,10 +1,10 @@
 """The scores of a model's probabilities with their intervals, each saying which population it is for.
 
 A test split may be balanced, or have more of a rare class than the sky. What is found there and what is to be expected
-in the sky are different numbers for everything but completeness and ROC AUC. So each report names its population:
-"labelled galaxies", as they are, or "sky", where the galaxies of each class are weighted to the share that the class
-has there. The probabilities have to be for the same population; `calibration.probabilities_at_prevalence` takes them
-from one to the other.
+in the sky are different numbers for everything but completeness and, of two classes, ROC AUC: of more, it depends on
+how common those are that a label is told apart from. So each report names its population: "labelled galaxies", as they
+are, or "sky", where the galaxies of each class are weighted to the share that the class has there. The probabilities
+have to be for the same population; `calibration.probabilities_at_prevalence` takes them from one to the other.
 """
 
 from collections.abc import Sequence
@@ -84,14 +84,15 @@ def score_probabilities(
 ) -> Scores:
     """Scores of each label with intervals from a bootstrap of the galaxies, stratified by class.
 
-    Accuracy is a share: its interval is that of Jeffreys, and in the sky that of the classes' posteriors.
+    How far these can be believed, and where there are none, says `intervals.bootstrap_estimates`. Accuracy is a share:
+    its interval is that of Jeffreys, and in the sky that of the classes' posteriors.
 
     - `roc_auc`, `average_precision`, `log_loss` and `brier_score`, as scikit-learn has them;
-    - `expected_calibration_error` in ten bins of equal numbers of galaxies. Drawing again adds noise to what is a
-      distance already, so its interval is the draws' reflected at the value; and, for the labelled galaxies as they
-      are, `calibration_error_by_chance`: what perfect probabilities would have with so few of them, without interval;
     - `completeness_at_purity_0.9` and `purity_at_completeness_0.9`: the best that a threshold reaches, chosen anew on
-      each draw; a completeness of 0 where no threshold is pure enough.
+      each draw; a completeness of 0 where no threshold is pure enough;
+    - `expected_calibration_error` in ten bins of equal numbers of galaxies and, for the labelled galaxies as they are,
+      `calibration_error_by_chance`: what perfect probabilities would have with so few of them. Both without interval:
+      drawing again adds noise to what is a distance already, and of good probabilities the truth lies below the draws.
 
     Args:
         probabilities: For the population that is scored, 0-1, (n, labels).
@@ -201,10 +202,11 @@ class _Label:
             return self._scores(weights, purity, completeness)
 
         estimates = bootstrap_estimates(scores_of, classes, self.weights, confidence=confidence, draws=draws, seed=seed)
-        estimates[CALIBRATION_ERROR] = _reflected(estimates[CALIBRATION_ERROR])
+        error = expected_calibration_error(self.probability, self.has_label, weights=self.weights)
+        estimates[CALIBRATION_ERROR] = Estimate(error, np.nan, np.nan)
         if not self.is_weighted:
             chance = calibration_error_by_chance(self.probability, seed=seed)
-            estimates[CALIBRATION_ERROR_BY_CHANCE] = Estimate(chance, chance, chance)
+            estimates[CALIBRATION_ERROR_BY_CHANCE] = Estimate(chance, np.nan, np.nan)
         return estimates
 
     def _scores(self, weights: Floats, purity: float, completeness: float) -> dict[str, float]:
@@ -215,14 +217,7 @@ class _Label:
             "roc_auc": curve.roc_auc,
             "average_precision": curve.average_precision,
             "log_loss": float(-np.average(np.log(np.clip(of_label, SMALLEST_PROBABILITY, 1)), weights=weights)),
-            CALIBRATION_ERROR: expected_calibration_error(self.probability, self.has_label, weights=weights),
             "brier_score": float(np.average((self.probability - self.has_label) ** 2, weights=weights)),
             f"completeness_at_purity_{purity:g}": float(curve.completeness[pure].max(initial=0.0)),
             f"purity_at_completeness_{completeness:g}": float(curve.purity[complete].max()),
         }
-
-
-def _reflected(estimate: Estimate) -> Estimate:
-    """The basic bootstrap interval (Davison & Hinkley 1997, section 5.2) from the percentile one, not below 0."""
-    value, low, high = estimate
-    return Estimate(value, float(np.maximum(0.0, 2 * value - high)), 2 * value - low)

@@ -364,7 +364,7 @@ def _estimate_to_show(estimate: Any) -> str:
     if estimate is None:
         return "-"
     value, low, high = estimate
-    # Measured once for all galaxies, and so without an interval.
+    # Too few galaxies for an interval, or a score that was not drawn again.
     if not math.isfinite(low):
         return _score_to_show(value)
     return f"{_number_to_show(value)} ({_number_to_show(low)} to {_number_to_show(high)})"
