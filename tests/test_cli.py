@@ -434,6 +434,11 @@ def test_votes_that_are_no_counts_are_named(count, votes_folder, tree_folder, tm
     assert "'bar-euclid_weak' for 1 galaxy: 'galaxy_03'" in line
 
 
+def test_a_model_of_votes_is_not_exported(tree_folder, refused):
+    line = refused("export", tree_folder, "--format", "onnx")
+    assert "decals-model', which answers a decision tree, and only models of labels are exported; push it with" in line
+
+
 def test_predict_gives_the_friendly_and_the_advanced_table_of_three_galaxies(galaxy_folder, tmp_path, zoobot_hf):
     """A tree whose concentrations are known: 1 + 100 sigmoid of a head with nothing but biases."""
     tree = {"name": "two", "questions": [SMOOTH, BAR]}
@@ -734,6 +739,9 @@ def test_a_folder_without_images_is_refused(encoder_folder, model_folder, tmp_pa
         ({"encoder": "not an id!"}, r"'not an id!' is neither a folder here nor a Hub id of the form user/name"),
         ({"encoder": "astronomer/nothing"}, r"'astronomer/nothing' is neither a folder here nor a repository on the"),
         ({"dataset": "astronomer/nothing"}, r"'astronomer/nothing': nothing is at this path, and as a Hub dataset"),
+        ({"configuration": "gz2"}, r"configuration is for a Hub dataset, and dataset is .*galaxies\d+; leave it out\."),
+        ({"dataset": "simulated", "revision": "main"}, r"revision is for a Hub dataset, and dataset is simulated"),
+        ({"survey": "euclid", "label_column": None, "revision": "main"}, r"revision is for a Hub dataset"),
         ({"push_to_hub": "astronomer/rings"}, r"No token for the Hub to push with: log in with `hf auth login`"),
     ],
 )
@@ -757,6 +765,8 @@ def test_a_value_that_finetune_can_not_use_is_named(
         ("--zoom=nan", "it is 'nan'; give a number at least 1"),
         ("--sky_prevalence=0.05", "it is '0.05'; give a label and its share, as in ring=0.05"),
         ("--sky_prevalence=ring=rare", "it is 'ring=rare'; give a label and its share, as in ring=0.05"),
+        ("--sky_prevalence=ring=1.5", "it is 'ring=1.5'; a share lies between 0 and 1, both excluded"),
+        ("--sky_prevalence=ring=0", "it is 'ring=0'; a share lies between 0 and 1, both excluded"),
         ("--seed=-1", "it is '-1'; give a whole number at least 0 and at most 4294967295"),
         ("--seed=4294967296", "it is '4294967296'; give a whole number at least 0 and at most 4294967295"),
         ("--balance=twice", "invalid choice: 'twice' (choose from 'oversample', 'undersample')"),

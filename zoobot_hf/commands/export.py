@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..data.rings import load_rings
 from ..models.export import FORMATS, export_to_onnx, export_to_transformers
+from ..models.modeling_zoobot import ZoobotForImageClassification
 from .inputs import load_finetuned
 
 DRAWN_PIXELS = 128
@@ -19,6 +20,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     model, processor = load_finetuned(options.model)
+    if not isinstance(model, ZoobotForImageClassification):
+        raise ValueError(
+            f"model is {options.model!r}, which answers a decision tree, and only models of labels are exported; push "
+            "it with its code (zoobot-hf push --include_code)."
+        )
     beside = Path(options.model) if Path(options.model).is_dir() else Path()
     folder = options.output_dir or beside / options.format
     galaxies = load_rings("simulated", count=COMPARED_GALAXIES, size=DRAWN_PIXELS)["train"]

@@ -1,10 +1,12 @@
 """What several subcommands load: the device, the galaxies, the model, and the stages' arguments."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
 
+from ..data.catalog import find_catalog
 from ..data.dataset import load_galaxy_dataset, load_galaxy_votes
 from ..data.decision_tree import DecisionTree
 from ..data.rings import load_rings
@@ -32,6 +34,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def load_dataset(options: argparse.Namespace) -> Dataset | DatasetDict:
+    _check_hub_options(options)
     if options.dataset == "simulated":
         return load_rings("simulated", seed=options.seed)
     return load_galaxy_dataset(
@@ -43,9 +46,19 @@ def load_dataset(options: argparse.Namespace) -> Dataset | DatasetDict:
 
 
 def load_votes(options: argparse.Namespace, tree: DecisionTree) -> Dataset | DatasetDict:
+    _check_hub_options(options)
     if options.dataset == "simulated":
         return simulate_votes_dataset(SIMULATED_GALAXIES, tree, seed=options.seed)
     return load_galaxy_votes(options.dataset, tree, configuration=options.configuration, revision=options.revision)
+
+
+def _check_hub_options(options: argparse.Namespace) -> None:
+    path = Path(options.dataset)
+    # A folder without a catalog may be laid out like a Hub dataset, and then has configurations too.
+    if options.dataset == "simulated" or path.is_file() or (path.is_dir() and find_catalog(path)):
+        for name in ("configuration", "revision"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name} is for a Hub dataset, and dataset is {options.dataset}; leave it out.")
 
 
 def find_images(options: argparse.Namespace) -> Source:
@@ -63,21 +76,16 @@ def load_processor(encoder: str, options: argparse.Namespace) -> ZoobotImageProc
     )
 
 
-def load_finetuned(name: str) -> tuple[ZoobotForImageClassification, ZoobotImageProcessor]:
+def load_finetuned(name: str) -> tuple[ModelWithHead, ZoobotImageProcessor]:
     folder = local_copy(name)
-    if read_configuration(folder).get("model_type") != ZoobotConfig.model_type:
+    configuration = read_configuration(folder)
+    if configuration.get("model_type") != ZoobotConfig.model_type:
         # from_pretrained would give it a new head, whose predictions are noise.
         raise ValueError(
             f"model is {name!r}, which zoobot-hf has not finetuned; run zoobot-hf finetune --encoder {name}."
         )
-    return ZoobotForImageClassification.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
-
-
-def load_classifier(name: str) -> tuple[ModelWithHead, ZoobotImageProcessor]:
-    folder = local_copy(name)
-    if read_configuration(folder).get("decision_tree"):
-        return ZoobotForGalaxyZoo.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
-    return load_finetuned(name)
+    kind = ZoobotForGalaxyZoo if configuration.get("decision_tree") else ZoobotForImageClassification
+    return kind.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
 
 
 def stage_arguments(

@@ -39,6 +39,8 @@ def share(text: str) -> tuple[str, float]:
         number = math.nan
     if not label or math.isnan(number):
         raise argparse.ArgumentTypeError(f"it is {text!r}; give a label and its share, as in ring=0.05")
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; a share lies between 0 and 1, both excluded")
     return label, number
 
 

@@ -24,7 +24,7 @@ from ..prediction.pieces import names_archive, names_hub_dataset
 from ..prediction.runs import Survey
 from ..prediction.survey import predict_survey
 from ..training.machine import prepare_processes
-from .inputs import HUB_OPTIONS, choose_device, find_images, load_classifier
+from .inputs import HUB_OPTIONS, choose_device, find_images, load_finetuned
 from .messages import complain
 from .options import add_batches, add_device, add_hub_dataset, add_survey
 
@@ -80,7 +80,7 @@ def report_survey(done: Survey, *, contents: str, participle: str) -> int:
 
 def _predict_survey(options: argparse.Namespace) -> Survey:
     device = choose_device(options.device)
-    model, processor = load_classifier(options.model)
+    model, processor = load_finetuned(options.model)
     return predict_survey(
         model,
         processor,
@@ -107,7 +107,7 @@ def _predict_embeddings(options: argparse.Namespace) -> Survey:
         if getattr(options, name):
             raise ValueError(f"{name} is for images, and none are opened for embeddings; leave it out.")
     device = choose_device(options.device)
-    model, processor = load_classifier(options.model)
+    model, processor = load_finetuned(options.model)
     return predict_embeddings(
         model,
         processor,
@@ -128,7 +128,7 @@ def _predict_table(options: argparse.Namespace) -> int:
     failures_path = options.output.with_name(f"{options.output.stem}-failures.csv")
     _check_tables(Path(options.images), options.output, failures_path)
     catalog = read_galaxies(options.images, images_must_exist=False)
-    model, processor = load_classifier(options.model)
+    model, processor = load_finetuned(options.model)
     for path, empty in _tables(options.output, table_of([], model, prevalence=options.prevalence), model.config):
         _check_tables(Path(options.images), path)
         check_columns_fit(empty.columns, path=path)
