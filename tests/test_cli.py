@@ -436,7 +436,7 @@ def test_votes_that_are_no_counts_are_named(count, votes_folder, tree_folder, tm
 
 def test_a_model_of_votes_is_not_exported(tree_folder, refused):
     line = refused("export", tree_folder, "--format", "onnx")
-    assert "decals-model', which answers a decision tree, and only models of labels are exported; push it with" in line
+    assert "decals-model', which answers a decision tree, and only models of labels are exported; share it as" in line
 
 
 def test_predict_gives_the_friendly_and_the_advanced_table_of_three_galaxies(galaxy_folder, tmp_path, zoobot_hf):

@@ -22,8 +22,8 @@ def run(options: argparse.Namespace) -> int:
     model, processor = load_finetuned(options.model)
     if not isinstance(model, ZoobotForImageClassification):
         raise ValueError(
-            f"model is {options.model!r}, which answers a decision tree, and only models of labels are exported; push "
-            "it with its code (zoobot-hf push --include_code)."
+            f"model is {options.model!r}, which answers a decision tree, and only models of labels are exported; share "
+            "it as it is (zoobot-hf push) with those who have zoobot_hf."
         )
     beside = Path(options.model) if Path(options.model).is_dir() else Path()
     folder = options.output_dir or beside / options.format
