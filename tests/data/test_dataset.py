@@ -502,7 +502,8 @@ def test_a_folder_of_classes_is_loaded(tmp_path):
     save_image(tmp_path / "ring/1.png")
     save_image(tmp_path / "no ring/2.png")
     (tmp_path / "run").mkdir()
-    pd.DataFrame({"id_str": ["2"]}).to_parquet(tmp_path / "run/predictions.parquet")
+    for place in ("run", "."):
+        pd.DataFrame({"id_str": ["2"]}).to_parquet(tmp_path / place / "predictions.parquet")
 
     galaxies = load_galaxy_dataset(tmp_path, label_column="class")
 
@@ -539,20 +540,22 @@ def test_a_folder_of_splits_keeps_them(tmp_path):
     assert unlabelled["test"].column_names == ["id_str", "image"]
 
 
-@pytest.mark.parametrize("name", ["validation", "val", "valid", "dev"])
-def test_the_validation_split_has_several_names(name, tmp_path):
-    for place, folder in enumerate(("train", name, "test")):
+@pytest.mark.parametrize(
+    "names", [("train", name, "test") for name in ("validation", "val", "valid", "dev")] + [("Training", "Val", "EVAL")]
+)
+def test_splits_have_several_names(names, tmp_path):
+    for place, folder in enumerate(names):
         save_image(tmp_path / folder / f"ring/{place}.png")
     splits = load_galaxy_dataset(tmp_path, label_column="class")
     assert list(splits) == ["train", "validation", "test"]
     assert identifiers_of(splits) == {"train": ["0"], "validation": ["1"], "test": ["2"]}
 
 
-@pytest.mark.parametrize("names", [["train", "val", "valid"], ["holdout", "train"]])
+@pytest.mark.parametrize("names", [["train", "val", "valid"], ["holdout", "train"], ["Test", "val"]])
 def test_folders_that_are_no_splits_are_refused(names, tmp_path):
     for place, name in enumerate([*names, ".hidden"]):
         save_image(tmp_path / name / f"ring/{place}.png")
-    with pytest.raises(CatalogError, match=f"the subfolders {', '.join(map(repr, names))}; beside 'train' there may"):
+    with pytest.raises(CatalogError, match=f"the subfolders {', '.join(map(repr, names))}; there has to be 'train'"):
         load_galaxy_dataset(tmp_path, label_column="class")
 
 

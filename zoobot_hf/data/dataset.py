@@ -37,11 +37,11 @@ VALIDATION_FRACTION = 0.1
 TEST_FRACTION = 0.2
 
 _SPLITS = ("train", "validation", "test")
-# What the subfolders of a folder of images may be called.
+# What the subfolders of a folder of images may be called, in any case: as `datasets` has it (SPLIT_KEYWORDS).
 _SPLIT_OF_FOLDER = {
-    "train": "train",
+    **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
-    "test": "test",
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 # What catalogs of Galaxy Zoo add to the names of questions and of vote columns.
 _DERIVED_FROM_VOTES = ("_fraction", "_debiased", "_total-votes", "_90pc-lower", "_90pc-upper", "_proportion-asked")
@@ -106,8 +106,8 @@ def load_galaxy_dataset(
 
     Args:
         source: A catalog file; a folder with a catalog; a folder of Parquet files as the Hub lays them out; a folder
-            of images, perhaps with `train`, `validation` (or `val`, `valid` or `dev`) and `test` below it; or the id of
-            a dataset on the Hub.
+            of images, perhaps with `train`, `validation` and `test` below it (or as `datasets` has it, such as `val`
+            and `testing`, in any case); or the id of a dataset on the Hub.
         label_column: As in `catalog_to_dataset`. In a folder of images the subfolders name the classes.
         label_names: As in `catalog_to_dataset`. A Hub dataset's own class names are kept if this is None.
         keep_columns: Further columns to keep.
@@ -123,8 +123,8 @@ def load_galaxy_dataset(
 
     Raises:
         CatalogError: There is nothing at `source`, here or on the Hub; a column is missing, with the columns there
-            are; a folder has other subfolders beside its splits; or what `read_galaxies` and `catalog_to_dataset`
-            refuse.
+            are; a folder has no `train` among its splits, or other subfolders beside them; or what `read_galaxies` and
+            `catalog_to_dataset` refuse.
     """
     columns = _list_columns(label_column, problem_type=problem_type)
     layout = _find_layout(source)
@@ -318,11 +318,11 @@ def _find_layout(source: str | Path) -> Literal["galaxies", "image splits", "hub
         return "galaxies"
     if _holds_hub_dataset(path):
         return "hub"
-    return "image splits" if (path / "train").is_dir() else "galaxies"
+    return "image splits" if any(name.lower() in _SPLIT_OF_FOLDER for name in _list_subfolders(path)) else "galaxies"
 
 
 def _holds_hub_dataset(folder: Path) -> bool:
-    if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
+    if any(folder.glob("data/*.parquet")):
         return True
     # Configurations have folders of their own, and are in the card. Among images a Parquet file is something else, such
     # as predictions.
@@ -347,13 +347,18 @@ def _read_image_splits(
     return splits, {name: catalog[columns] for name, catalog in catalogs.items()}
 
 
+def _list_subfolders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _find_split_folders(folder: Path) -> dict[str, Path]:
-    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    found = {split: folder / name for name, split in _SPLIT_OF_FOLDER.items() if name in names}
-    if len(found) < len(names):
+    names = _list_subfolders(folder)
+    split_of = {name: _SPLIT_OF_FOLDER.get(name.lower()) for name in names}
+    found = {split: folder / name for split in _SPLITS for name in names if split_of[name] == split}
+    if len(found) < len(names) or "train" not in found:
         raise CatalogError(
-            f"folder {folder} has splits, in the subfolders {quote(sorted(names))}; beside 'train' there may be "
-            "'test' and one of 'validation', 'val', 'valid' and 'dev', so rename or move the others."
+            f"folder {folder} has splits, in the subfolders {quote(names)}; there has to be 'train', and beside it "
+            "there may be one 'validation' and one 'test' and no others, so rename or move the subfolders."
         )
     return found
 
