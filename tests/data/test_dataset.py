@@ -89,7 +89,9 @@ def test_images_are_decoded_only_when_they_are_read(tmp_path):
         ([10, 9, 2], ["2", "9", "10"], [2, 1, 0]),
         (["spiral", "bar", "spiral"], ["bar", "spiral"], [1, 0, 1]),
         (pd.Series([True, False, True], dtype=object), ["not ring", "ring"], [1, 0, 1]),
-        (pd.Categorical(["b", "a", "b"], categories=["b", "a"]), ["b", "a"], [0, 1, 0]),
+        (pd.Categorical(["b ", "a", "b "], categories=["b ", "a", "c"]), ["a", "b"], [1, 0, 1]),
+        (pd.Categorical([1, 0, 1]), CLASS_NAMES, [1, 0, 1]),
+        (pd.Categorical([True, False, True]), CLASS_NAMES, [1, 0, 1]),
     ],
 )
 def test_labels_get_names(values, names, labels, tmp_path):
@@ -382,7 +384,7 @@ def test_columns_of_the_hub_that_are_renamed_are_not_kept(name, hub):
 
 
 def test_class_names_of_the_hub_are_kept_in_their_order(hub):
-    feature = datasets.ClassLabel(names=["ring", "not ring"])
+    feature = datasets.ClassLabel(names=["ring ", "not ring"])
     hub(datasets.DatasetDict(train=make_hub_split([0, 1], feature=feature)))
 
     kept = load_galaxy_dataset("user/rings", **HUB_COLUMNS)["train"]

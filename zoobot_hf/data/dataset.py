@@ -87,7 +87,9 @@ def catalog_to_dataset(
     dataset = datasets.Dataset.from_pandas(table, features=datasets.Features(features), preserve_index=False)
     if not columns:
         return dataset
-    return _add_labels(dataset, labels=catalog[columns], label_names=label_names, problem_type=problem_type)
+    # Of categories the values count, as in any other column, and neither their order nor those without a row.
+    labels = catalog[columns].astype({name: object for name in columns if catalog[name].dtype == "category"})
+    return _add_labels(dataset, labels=labels, label_names=label_names, problem_type=problem_type)
 
 
 def load_galaxy_dataset(
@@ -381,7 +383,8 @@ def _read_labels(split: datasets.Dataset, *, columns: list[str]) -> pd.DataFrame
         if isinstance(split.features[column], datasets.ClassLabel):
             # Categories keep the order of the names; the code -1 is a missing label in both worlds.
             codes = table[column].fillna(-1).astype("int64")
-            table[column] = pd.Categorical.from_codes(codes, categories=split.features[column].names)
+            names = pd.Index(split.features[column].names).str.strip()
+            table[column] = pd.Categorical.from_codes(codes, categories=names)
     return table
 
 
@@ -514,7 +517,7 @@ def _labels_as_text(labels: pd.Series) -> pd.Series:
 
 
 def _name_classes(labels: pd.Series) -> list[str]:
-    if isinstance(labels.dtype, pd.CategoricalDtype):
+    if isinstance(labels.dtype, pd.CategoricalDtype):  # a ClassLabel of the Hub
         return [str(name) for name in labels.cat.categories]
     values = set(_labels_as_text(labels.dropna()))
     if values <= {"0", "1"}:
