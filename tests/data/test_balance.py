@@ -86,3 +86,9 @@ def test_a_column_without_classes_is_refused(column, said):
 def test_a_split_without_rows_is_refused():
     with pytest.raises(ValueError, match="split has no rows"):
         measure_prevalence(make_split([]))
+
+
+@pytest.mark.parametrize("missing", [-1, None])
+def test_labels_that_are_missing_have_no_share(missing):
+    with pytest.raises(ValueError, match="1 of 3 rows of split have no label; add them or leave these rows out"):
+        measure_prevalence(make_split([0, missing, 1]))

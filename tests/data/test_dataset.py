@@ -160,6 +160,9 @@ def test_numbers_that_are_none_are_named(tmp_path):
         CatalogError, match="column 'bar' has the label 'many' for 1 galaxy: 'g1'; labels here must be fin"
     ):
         catalog_to_dataset(catalog, label_column="bar", problem_type="regression")
+    dated = catalog.assign(bar=pd.to_datetime(["2020-01-01", "2020-01-02"]))
+    with pytest.raises(CatalogError, match=r"'bar' has the label .*2020.* for 2 galaxies: 'g0', 'g1'"):
+        catalog_to_dataset(dated, label_column="bar", problem_type="regression")
     with pytest.raises(CatalogError, match="'arms' has the label 2 for 1 galaxy: 'g1'; labels here must be 0 or 1, or"):
         catalog_to_dataset(catalog, label_column="arms", problem_type="multi_label_classification")
 
@@ -191,6 +194,8 @@ def test_columns_that_the_dataset_has_anyway_are_not_kept(name, tmp_path):
 def test_problem_types_are_checked(tmp_path):
     catalog = make_catalog(tmp_path, 1, bar=[1], ring=[1])
 
+    with pytest.raises(ValueError, match=r"label_column is \['bar', 'bar'\]; name each column once"):
+        catalog_to_dataset(catalog, label_column=["bar", "bar"], problem_type="regression")
     with pytest.raises(ValueError, match="problem_type is 'votes'; it must be one of 'single_label_classification'"):
         catalog_to_dataset(catalog, label_column="bar", problem_type="votes")
     with pytest.raises(ValueError, match=r"label_column is \['bar', 'ring'\], .* takes one column"):
@@ -284,6 +289,12 @@ def test_a_leak_between_existing_splits_is_named():
 def test_splits_without_train_are_refused():
     with pytest.raises(ValueError, match="has the splits 'test' and no 'train'"):
         split_dataset(datasets.DatasetDict(test=make_dataset([0, 1])), seed=1)
+
+
+@pytest.mark.parametrize("missing", [-1, None])
+def test_labels_that_are_missing_are_no_class(missing):
+    with pytest.raises(CatalogError, match="column 'label' has no label for 2 galaxies: 'g0000', 'g0003'"):
+        split_dataset(make_dataset([missing, 0, 1] * 2), seed=1)
 
 
 def test_one_class_only_is_refused():

@@ -161,3 +161,8 @@ def test_a_question_or_an_answer_that_volunteers_do_not_know_is_named(galaxies):
             answer_probabilities(galaxies, tree, seed=0)
         with pytest.raises(ValueError, match=message):
             simulate_votes_dataset(1, tree, seed=0)
+
+
+def test_somebody_has_to_vote(galaxies):
+    with pytest.raises(ValueError, match="volunteers is 0; give 1 or more"):
+        simulate_votes(galaxies, TREE, seed=0, volunteers=0)

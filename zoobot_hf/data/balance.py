@@ -33,7 +33,7 @@ def measure_prevalence(split: datasets.Dataset) -> dict[str, float]:
         not in the split has the share 0.
 
     Raises:
-        ValueError: The split is a DatasetDict or has no rows, or its `label` is no `ClassLabel`.
+        ValueError: The split is a DatasetDict or has no rows, its `label` is no `ClassLabel`, or a label is missing.
     """
     counts = _count_classes(split)
     names = split.features["label"].names
@@ -85,7 +85,11 @@ def _count_classes(split: datasets.Dataset) -> np.ndarray:
         )
     if len(split) == 0:
         raise ValueError("split has no rows, so no class has a share; give a split with galaxies.")
-    return np.bincount(split["label"][:], minlength=feature.num_classes)
+    labels = np.asarray(split["label"][:], dtype="float64")  # None becomes NaN
+    missing = np.count_nonzero(~(labels >= 0))
+    if missing:
+        raise ValueError(f"{missing} of {len(split)} rows of split have no label; add them or leave these rows out.")
+    return np.bincount(labels.astype("int64"), minlength=feature.num_classes)
 
 
 def _take_rows(rows: np.ndarray, *, size: int, generator: np.random.Generator) -> np.ndarray:

@@ -274,9 +274,9 @@ def split_dataset(
         A `DatasetDict` with `train`, `validation` and `test`; rows in the order of `dataset`.
 
     Raises:
-        ValueError: A fraction is out of range, a column is missing, there is no `train` split to cut from, a galaxy is
-            in two of the splits there are, all galaxies are of one class, or fewer of them than splits are there or of
-            a class.
+        ValueError: A fraction is out of range, a column or a label is missing, there is no `train` split to cut from, a
+            galaxy is in two of the splits there are, all galaxies are of one class, or fewer of them than splits are
+            there or of a class.
     """
     _check_fractions(validation_fraction=validation_fraction, test_fraction=test_fraction)
     splits = dict(dataset) if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
@@ -299,6 +299,8 @@ def _list_columns(label_column: str | Sequence[str] | None, *, problem_type: Pro
     if label_column is None:
         return []
     columns = [label_column] if isinstance(label_column, str) else list(label_column)
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"label_column is {columns}; name each column once.")
     if problem_type == "single_label_classification" and len(columns) != 1:
         raise ValueError(
             f"label_column is {columns}, but problem_type 'single_label_classification' takes one column; "
@@ -543,7 +545,7 @@ def _encode_classes(labels: pd.Series, *, names: Sequence[str]) -> list[int]:
 
 
 def _encode_numbers(identifiers: pd.Series, labels: pd.DataFrame, *, zero_or_one: bool) -> np.ndarray:
-    numbers = labels.apply(pd.to_numeric, errors="coerce")
+    numbers = labels.astype(object).apply(pd.to_numeric, errors="coerce")  # of dates alone it would make numbers
     with np.errstate(over="ignore"):  # what doesn't fit becomes infinite, and is refused
         values = np.asarray(numbers.to_numpy(dtype="float32", na_value=np.nan))
     for place, column in enumerate(labels.columns):
@@ -603,7 +605,7 @@ def _assign_rows(
     dataset: datasets.Dataset, *, groups: pd.Series, fractions: Mapping[str, float], seed: int
 ) -> dict[str, np.ndarray]:
     # One row per group, in the order of their names, so that the order of the dataset's rows plays no part.
-    stratum_of_group = pd.Series(_read_strata(dataset), index=groups.to_numpy()).groupby(level=0).min()
+    stratum_of_group = pd.Series(_read_strata(dataset, groups=groups), index=groups.to_numpy()).groupby(level=0).min()
     _check_strata(stratum_of_group, number_of_splits=len(fractions) + 1)
     generator = np.random.default_rng(seed)
     split_of_group = pd.Series("train", index=stratum_of_group.index)
@@ -628,11 +630,13 @@ def _find_stops(count: int, *, fractions: Mapping[str, float]) -> dict[str, int]
     return stops
 
 
-def _read_strata(dataset: datasets.Dataset) -> list[str]:
+def _read_strata(dataset: datasets.Dataset, *, groups: pd.Series) -> list[str]:
     feature = dataset.features.get("label")
     if not isinstance(feature, datasets.ClassLabel):
         return ["" for _ in range(len(dataset))]
-    return [feature.names[number] for number in dataset["label"][:]]
+    labels = pd.Series(dataset["label"][:], dtype="float64")  # None becomes NaN
+    check_labels_exist(groups, labels=labels.mask(labels < 0), column="label")
+    return [feature.names[int(number)] for number in labels]
 
 
 def _check_strata(stratum_of_group: pd.Series, *, number_of_splits: int) -> None:

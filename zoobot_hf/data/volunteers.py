@@ -118,8 +118,10 @@ def simulate_votes(
         volunteers: How many look at each galaxy, 1 or more.
 
     Raises:
-        ValueError: As `answer_probabilities`.
+        ValueError: `volunteers` is below 1; or as `answer_probabilities`.
     """
+    if volunteers < 1:
+        raise ValueError(f"volunteers is {volunteers}; give 1 or more.")
     probabilities = answer_probabilities(parameters, tree, seed=seed)
     votes = np.stack(
         [
