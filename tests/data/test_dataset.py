@@ -394,6 +394,12 @@ def test_columns_of_the_hub_that_are_renamed_are_not_kept(name, hub):
         load_galaxy_dataset("user/rings", **HUB_COLUMNS, keep_columns=[name])
 
 
+def test_names_of_the_hub_have_no_blanks_around_them_as_in_predictions(hub):
+    split = make_hub_split([0, 1]).remove_columns("iauname").add_column("iauname", ["g0 ", " g1"])
+    hub(datasets.DatasetDict(train=split))
+    assert load_galaxy_dataset("user/rings", **HUB_COLUMNS)["train"]["id_str"][:] == ["g0", "g1"]
+
+
 def test_class_names_of_the_hub_are_kept_in_their_order(hub):
     feature = datasets.ClassLabel(names=["ring ", "not ring"])
     hub(datasets.DatasetDict(train=make_hub_split([0, 1], feature=feature)))

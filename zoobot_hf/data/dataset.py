@@ -396,20 +396,17 @@ def _rename_columns(
     needed = [image_column, *keep_columns] if id_column is None else [id_column, image_column, *keep_columns]
     check_columns(split.column_names, needed=needed, source="the dataset")
     _check_kept(keep_columns, taken=["id_str", "image", id_column, image_column])
-    dataset = split.select_columns(needed)
     if id_column is None:
-        dataset = dataset.add_column("id_str", [f"{split_name}-{row}" for row in range(len(split))])
+        names = [f"{split_name}-{row}" for row in range(len(split))]
     else:
-        read_names(split.select_columns([id_column]).to_pandas()[id_column], source=f"split {split_name!r}")
-    if id_column not in (None, "id_str"):
-        dataset = dataset.rename_column(id_column, "id_str")
+        names = read_names(split.select_columns([id_column]).to_pandas()[id_column], source=f"split {split_name!r}")
+    dataset = split.select_columns([image_column, *keep_columns])
+    dataset = dataset.add_column("id_str", names, feature=datasets.Value("string"))
     if image_column != "image":
         dataset = dataset.rename_column(image_column, "image")
-    if dataset.features["id_str"] != datasets.Value("string"):
-        dataset = dataset.cast_column("id_str", datasets.Value("string"))
     if not isinstance(dataset.features["image"], datasets.Image):
         dataset = dataset.cast_column("image", datasets.Image())
-    return dataset
+    return dataset.select_columns(["id_str", "image", *keep_columns])
 
 
 def _add_labels_to_splits(
