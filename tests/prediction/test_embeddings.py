@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -171,6 +172,8 @@ def test_the_sample_is_spread_over_the_catalog(embed, monkeypatch, tmp_path):
 
     monkeypatch.setattr(embeddings, "run_galaxies", run)
     monkeypatch.setattr(embeddings, "GALAXIES_FOR_PCA", 4)
+    read_pieces = embeddings.read_pieces
+    monkeypatch.setattr(embeddings, "read_pieces", lambda source, rows=15: read_pieces(source, rows=rows))
     embed(pca=2)
     assert seen == ["galaxy_00", "galaxy_13", "galaxy_26", "galaxy_39"]
 
@@ -229,6 +232,8 @@ def test_a_head_predicts_from_embeddings_what_the_model_predicts_from_images(
     pd.testing.assert_frame_equal(table, expected, rtol=0, atol=1e-6)
     assert 0 < table["selected"].sum() < 40
     assert merge_predictions(tmp_path / "out", tmp_path / "merged.fits") == 40
+    _, table, _ = predict(output=tmp_path / "training", prevalence="training")
+    assert "selected" not in table  # the threshold is for the sky
 
 
 def test_half_precision_changes_probabilities_in_the_fourth_digit(
@@ -360,6 +365,28 @@ def test_an_output_that_is_not_finite_is_a_failure(embed, predict, layer_norm_mo
     assert done.failures == 40
     assert table.empty
     assert set(failures["reason"]) == {"the model's output for its embedding is not a finite number"}
+
+
+def test_a_failure_among_others_takes_no_name_from_them(embed, predict, monkeypatch):
+    read_outputs = embeddings.read_outputs
+
+    def read_every_second(outputs, **options):
+        return np.where(np.arange(len(outputs))[:, None] % 2, read_outputs(outputs, **options), np.nan)
+
+    names, _ = embed()
+    monkeypatch.setattr(embeddings, "read_outputs", read_every_second)
+    _, table, failures = predict()
+    assert table["id_str"].tolist() == names[1::2]
+    assert failures["id_str"].tolist() == names[::2]
+
+
+def test_predictions_of_other_embeddings_are_refused(embed, predict, tmp_path):
+    embed(dtype="float16")
+    predict()
+    shutil.rmtree(tmp_path / "embedded")
+    embed(dtype="float32")
+    with pytest.raises(SurveyError, match="holds the predictions of other embeddings, or of images"):
+        predict()
 
 
 def test_embeddings_are_not_merged_as_predictions(embed, tmp_path):

@@ -240,6 +240,25 @@ def test_too_many_failures_stop_the_run_and_finished_shards_stay(predict, galaxy
         predict(max_failures=5)
     assert len(list((tmp_path / "out/predictions").iterdir())) == 4
     assert len(predict(max_failures=20)[2]) == 20
+    with pytest.raises(SurveyError, match="galaxies can't be predicted, and max_failures is 5"):
+        predict(max_failures=5)  # what failed in an earlier run counts
+
+
+def test_a_shard_in_the_place_of_another_is_refused(predict, tmp_path):
+    predict()
+    first, second = (tmp_path / f"out/predictions/00000{number}.parquet" for number in (0, 1))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(SurveyError, match=r"000001\.parquet is of another model or catalog"):
+        predict()
+
+
+def test_a_run_goes_on_with_batches_as_large_as_before(predict, tmp_path, monkeypatch):
+    predict()
+    (tmp_path / "out/predictions/000001.parquet").unlink()
+    runner = "zoobot_hf.prediction.survey.inference_runner"
+    monkeypatch.setattr(runner, lambda model, size, **options: pytest.fail(f"batches of {size}"))
+    with pytest.raises(pytest.fail.Exception, match=f"batches of {SIZES['batch_size']}"):
+        predict(batch_size=None)
 
 
 def test_another_model_on_the_same_output_is_refused(predict, batch_norm_model, tmp_path):
