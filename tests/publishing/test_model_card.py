@@ -246,6 +246,25 @@ def test_the_threshold_on_a_card_selects_the_same_galaxies(threshold, shown):
 
 
 @pytest.mark.parametrize(
+    ("labels", "problem_type", "words"),
+    [
+        (("no ring", "ring"), "single_label_classification", "that share, it reaches"),
+        (("bar", "ring", "edge on"), "multi_label_classification", "that share, it reaches"),
+        (
+            ("smooth", "ring", "edge on"),
+            "single_label_classification",
+            "that share and to those of the other labels, it",
+        ),
+    ],
+)
+def test_a_selection_says_whose_shares_its_galaxies_have(labels, problem_type, words):
+    estimates = dict.fromkeys(("completeness", "purity", "f1"), (0.8, 0.7, 0.9))
+    selection = {"threshold": 0.5, "prevalence": 0.1, "aim": "best F1", **estimates}
+    facts = {"labels": labels, "problem_type": problem_type, "predictions_for": "sky", "sky_prevalence": {"ring": 0.1}}
+    assert f"On the test split, weighted to {words}" in render(selections={"ring": selection}, **facts)
+
+
+@pytest.mark.parametrize(
     ("problem_type", "said"),
     [("single_label_classification", "accuracy and of what a"), ("multi_label_classification", "what a")],
 )
