@@ -68,6 +68,36 @@ def test_zero_and_one_become_not_x_and_x(tmp_path):
     assert galaxies["mag"][:] == [17.0, 18.0, 19.0]
 
 
+def test_names_of_an_unchecked_table_are_read_as_text(tmp_path):
+    catalog = make_catalog(tmp_path, 2)
+    paths = [Path(location) for location in catalog["file_loc"]]
+    for names in ([1237648720693755918, 7], [b"1237648720693755918", b" 7"]):
+        galaxies = catalog_to_dataset(catalog.assign(id_str=names, file_loc=paths), label_column=None)
+        assert galaxies["id_str"][:] == ["1237648720693755918", "7"]
+        assert [image.size for image in galaxies["image"]] == [(4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id_str": [1.237648720693756e18, 7.0]}, "the catalog has floating-point numbers in 'id_str'"),
+        ({"id_str": ["a", None]}, "the catalog has no 'id_str' in 1 of 2 rows"),
+        ({"file_loc": [None, "a.png"]}, "the catalog has no 'file_loc' in 1 of 2 rows"),
+    ],
+)
+def test_names_and_images_that_tell_no_galaxies_apart_are_refused(change, message, tmp_path):
+    catalog = make_catalog(tmp_path, 2, **{name: [0, 0] for name in TREE.vote_columns}).assign(**change)
+    with pytest.raises(CatalogError, match=message):
+        catalog_to_dataset(catalog, label_column=None)
+    with pytest.raises(CatalogError, match=message):
+        votes_to_dataset(catalog, TREE)
+
+
+def test_what_is_no_table_is_refused():
+    with pytest.raises(CatalogError, match="the catalog is a str and no table of pandas; read it with read_galaxies"):
+        catalog_to_dataset("rings.csv", label_column="ring")
+
+
 def test_images_are_decoded_only_when_they_are_read(tmp_path):
     catalog = make_catalog(tmp_path, 2)
     (tmp_path / "1.png").write_bytes(b"not an image")

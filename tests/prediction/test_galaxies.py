@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,6 +8,7 @@ from PIL import Image
 from tiny_models import with_decided_head
 
 from zoobot_hf import ZoobotConfig, ZoobotForImageClassification, predict_galaxies, read_galaxies
+from zoobot_hf.data.catalog import CatalogError
 from zoobot_hf.data.images import BATCHES_IN_A_TURN
 from zoobot_hf.training import machine
 
@@ -97,6 +100,21 @@ def test_where_all_fail_the_table_is_empty(layer_norm_model, processor, catalog)
     assert table.empty
     assert len(failures) == 40
     assert set(failures["reason"]) == {"there is no such file"}
+
+
+def test_a_table_that_nothing_has_checked_is_checked(layer_norm_model, processor, catalog):
+    numbered = catalog.assign(id_str=range(40), file_loc=catalog["file_loc"].map(Path))
+    assert predict_galaxies(layer_norm_model, processor, numbered).table["id_str"].tolist() == [*map(str, range(40))]
+    for wrong, message in (
+        (catalog["file_loc"][0], "the catalog is a str and no table of pandas; read it with read_galaxies"),
+        (catalog.drop(columns="id_str"), "the catalog has no column 'id_str'"),
+        (catalog.assign(id_str=1.237648720693756e18), "the catalog has floating-point numbers in 'id_str'"),
+        (catalog.assign(file_loc=None), "the catalog has no 'file_loc' in 40 of 40 rows"),
+    ):
+        with pytest.raises(CatalogError, match=message):
+            predict_galaxies(layer_norm_model, processor, wrong)
+    with pytest.raises(ValueError, match="batch_size is 0; give 1 or more"):
+        predict_galaxies(layer_norm_model, processor, catalog, batch_size=0)
 
 
 def test_what_processes_read_gives_the_same(layer_norm_model, processor, catalog, monkeypatch):

@@ -351,7 +351,7 @@ def read_names(column: pd.Series, *, source: str) -> list[str]:
     """A column of names as text without blanks around it.
 
     Args:
-        column: Text, bytes or integers.
+        column: Text, bytes, paths or integers.
         source: What the column is of, for the message: "catalog galaxies.csv".
 
     Raises:
@@ -370,6 +370,23 @@ def read_names(column: pd.Series, *, source: str) -> list[str]:
             f"{text.index('') + 1}; fill the column or leave these rows out."
         )
     return text
+
+
+def read_galaxy_names(table: pd.DataFrame, *, source: str) -> pd.DataFrame:
+    """The columns `id_str` and `file_loc` of a table that nothing has checked, as text; its index is kept.
+
+    Args:
+        table: From anywhere.
+        source: What it is, for the message.
+
+    Raises:
+        CatalogError: It is no table of pandas, has no such column, or what `read_names` refuses.
+    """
+    if not isinstance(table, pd.DataFrame):
+        raise CatalogError(f"{source} is a {type(table).__name__} and no table of pandas; read it with read_galaxies.")
+    check_columns(table.columns, needed=["id_str", "file_loc"], source=source)
+    columns = {name: read_names(table[name], source=source) for name in ("id_str", "file_loc")}
+    return pd.DataFrame(columns, index=table.index, dtype=object)
 
 
 def check_catalog_is_kept(catalog: Path, *, output: Path) -> None:

@@ -25,6 +25,7 @@ from zoobot_hf.data.catalog import (
     find_catalog,
     quote,
     read_galaxies,
+    read_galaxy_names,
     read_image_folder,
     read_names,
 )
@@ -73,15 +74,17 @@ def catalog_to_dataset(
         or for the other two problem types a list of float32 with a value per column, NaN where it is missing.
 
     Raises:
-        CatalogError: A column is not in the catalog, or is kept that the dataset has anyway; or a label is missing, not
-            among `label_names`, or not a finite number where it has to be one.
-        ValueError: `problem_type` is unknown, or asks for one label column and got several.
+        CatalogError: It is no table of pandas; a column is not in it, or is kept that the dataset has anyway; a name is
+            missing or floating-point; or a label is missing, not among `label_names`, or not a finite number where it
+            has to be one.
+        ValueError: `problem_type` is unknown, or asks for one label column and got several; or one is there twice.
     """
     columns = _list_columns(label_column, problem_type=problem_type)
-    needed = ["id_str", "file_loc", *columns, *keep_columns]
-    check_columns(catalog.columns, needed=needed, source="the catalog", labels=columns)
+    names = read_galaxy_names(catalog, source="the catalog")
+    check_columns(catalog.columns, needed=[*columns, *keep_columns], source="the catalog", labels=columns)
     _check_kept(keep_columns, taken=["id_str", "file_loc", "image"])
-    table = catalog[["id_str", "file_loc", *keep_columns]].rename(columns={"file_loc": "image"})
+    table = catalog[list(keep_columns)].assign(id_str=names["id_str"], image=names["file_loc"])
+    table = table[["id_str", "image", *keep_columns]]
     features = datasets.Features.from_arrow_schema(pa.Schema.from_pandas(table, preserve_index=False))
     features |= {"id_str": datasets.Value("string"), "image": datasets.Image()}
     dataset = datasets.Dataset.from_pandas(table, features=datasets.Features(features), preserve_index=False)
@@ -174,8 +177,8 @@ def votes_to_dataset(
         CatalogError: A vote column is missing, or the tree doesn't have it; votes are negative, fractional or no
             numbers; a question has votes for some of its answers and misses others.
     """
-    _check_vote_columns(catalog.columns, tree)
     dataset = catalog_to_dataset(catalog, label_column=None, keep_columns=keep_columns)
+    _check_vote_columns(catalog.columns, tree)
     return _add_votes(dataset, votes=catalog[tree.vote_columns], tree=tree)
 
 

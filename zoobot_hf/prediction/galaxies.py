@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from zoobot_hf.data.catalog import read_galaxy_names
 from zoobot_hf.data.images import UnreadableImageError, open_image
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.heads import probabilities_from_logits
@@ -82,11 +83,12 @@ def predict_galaxies(
             0.01 (root mean square; at most 0.05); when absent, on a GPU that has it in hardware.
 
     Raises:
-        ValueError: A prevalence that isn't known, or that the model lacks.
+        CatalogError: What `read_galaxy_names` refuses.
+        ValueError: A prevalence that isn't known, or that the model lacks; or a batch_size below 1.
     """
     check_prevalence(model, prevalence)
     interpret = functools.partial(read_outputs, config=model.config, prevalence=prevalence)
-    rows = catalog[["id_str", "file_loc"]].to_dict("records")
+    rows = read_galaxy_names(catalog, source="the catalog").to_dict("records")
     found, failures = [], []
     with (
         inference_runner(model, batch_size, device=device, torch_compile=torch_compile, bf16=bf16) as runner,
@@ -118,7 +120,12 @@ def inference_runner(
         device: Where the model runs.
         torch_compile: Whether to compile the model.
         bf16: As in `predict_galaxies`.
+
+    Raises:
+        ValueError: A batch_size below 1.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give 1 or more, or leave it out for what suits the device.")
     model.to(device)
     size = batch_size or default_batch_size(model.device)
     try:

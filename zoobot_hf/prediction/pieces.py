@@ -26,6 +26,7 @@ from zoobot_hf.data.catalog import (
     find_catalog,
     read_csv_header,
     read_galaxies,
+    read_galaxy_names,
     read_names,
 )
 from zoobot_hf.data.dataset import HUB_IDENTIFIER
@@ -254,10 +255,8 @@ def _csv_parts(path: Path) -> Iterator[pd.DataFrame]:
 
 
 def _as_rows(part: pd.DataFrame, *, path: Path) -> pd.DataFrame:
-    check_columns(part.columns, needed=NEEDED, source=f"catalog {path}")
-    columns = {name: read_names(part[name], source=f"a part of catalog {path}") for name in NEEDED}
-    columns["file_loc"] = [os.path.join(path.parent, location) for location in columns["file_loc"]]
-    return pd.DataFrame(columns, dtype=object)
+    rows = read_galaxy_names(part, source=f"a part of catalog {path}").reset_index(drop=True)
+    return rows.assign(file_loc=[os.path.join(path.parent, location) for location in rows["file_loc"]])
 
 
 def _hash_rows(piece: pd.DataFrame) -> npt.NDArray[np.uint64]:
