@@ -19,7 +19,7 @@ from zoobot_hf import (
 from zoobot_hf.data.images import UnreadableImageError
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.models.heads import head_loss
-from zoobot_hf.training.augmentation import augment_galaxies
+from zoobot_hf.training.augmentation import augment_galaxies, margin_of_turns
 from zoobot_hf.training.embedding_cache import compute_embeddings, list_cache
 from zoobot_hf.training.machine import InferenceRunner
 from zoobot_hf.training.trainer import GalaxyCollator, layer_decay_groups
@@ -197,6 +197,14 @@ def test_steps_are_in_bfloat16_on_a_cpu_that_is_fast_in_it(has_amx, has_avx512_b
     for settings in ({"bf16": False}, {"bf16": True}, {"bf16_steps": False}):
         assert unfrozen_arguments(tmp_path, **settings).bf16_steps is False
     assert unfrozen_arguments(tmp_path, bf16_steps=True).bf16_steps is True
+
+
+def test_training_images_are_read_wide_enough_for_any_turn(layer_norm_model, galaxies, tmp_path):
+    arguments, options = unfrozen_arguments(tmp_path), {"train_dataset": galaxies, "eval_dataset": galaxies}
+    processor = ZoobotImageProcessor(32, zoom=2)
+    trainer = UnfrozenStageTrainer(layer_norm_model, arguments, processing_class=processor, **options)
+    width = round(32 * margin_of_turns(zoom_range=arguments.zoom_range, max_shift=arguments.max_shift))
+    assert trainer.train_dataset[0]["wide_field"].shape == (3, width, width)
 
 
 def test_wide_fields_are_augmented_in_float32(layer_norm_model, galaxies, processor, tmp_path, monkeypatch):
