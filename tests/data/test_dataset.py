@@ -83,6 +83,7 @@ def test_names_of_an_unchecked_table_are_read_as_text(tmp_path):
         ({"id_str": [1.237648720693756e18, 7.0]}, "the catalog has floating-point numbers in 'id_str'"),
         ({"id_str": ["a", None]}, "the catalog has no 'id_str' in 1 of 2 rows"),
         ({"file_loc": [None, "a.png"]}, "the catalog has no 'file_loc' in 1 of 2 rows"),
+        ({"file_loc": ["a.png", "a.png"]}, "the same 'file_loc' for 2 galaxies: 'g0', 'g1'; .* keep one row for each"),
     ],
 )
 def test_names_and_images_that_tell_no_galaxies_apart_are_refused(change, message, tmp_path):
@@ -91,6 +92,11 @@ def test_names_and_images_that_tell_no_galaxies_apart_are_refused(change, messag
         catalog_to_dataset(catalog, label_column=None)
     with pytest.raises(CatalogError, match=message):
         votes_to_dataset(catalog, TREE)
+
+
+def test_a_galaxy_may_have_several_rows_of_one_image(tmp_path):
+    catalog = make_catalog(tmp_path, 2)
+    assert catalog_to_dataset(pd.concat([catalog, catalog]), label_column=None)["id_str"][:] == ["g0", "g1"] * 2
 
 
 def test_what_is_no_table_is_refused():

@@ -75,14 +75,15 @@ def catalog_to_dataset(
 
     Raises:
         CatalogError: It is no table of pandas; a column is not in it, or is kept that the dataset has anyway; a name is
-            missing or floating-point; or a label is missing, not among `label_names`, or not a finite number where it
-            has to be one.
+            missing or floating-point; an image is of two galaxies; or a label is missing, not among `label_names`, or
+            not a finite number where it has to be one.
         ValueError: `problem_type` is unknown, or asks for one label column and got several; or one is there twice.
     """
     columns = _list_columns(label_column, problem_type=problem_type)
     names = read_galaxy_names(catalog, source="the catalog")
     check_columns(catalog.columns, needed=[*columns, *keep_columns], source="the catalog", labels=columns)
     _check_kept(keep_columns, taken=["id_str", "file_loc", "image"])
+    _check_images_are_of_one_galaxy(names)
     table = catalog[list(keep_columns)].assign(id_str=names["id_str"], image=names["file_loc"])
     table = table[["id_str", "image", *keep_columns]]
     features = datasets.Features.from_arrow_schema(pa.Schema.from_pandas(table, preserve_index=False))
@@ -559,6 +560,16 @@ def _encode_numbers(identifiers: pd.Series, labels: pd.DataFrame, *, zero_or_one
                 f"{'0 or 1' if zero_or_one else 'finite numbers of float32'}, or missing."
             )
     return values
+
+
+def _check_images_are_of_one_galaxy(names: pd.DataFrame) -> None:
+    pairs = names.drop_duplicates()
+    shared = pairs[pairs["file_loc"].duplicated(keep=False)].sort_values("file_loc", kind="stable")
+    if len(shared):
+        raise CatalogError(
+            f"the catalog has the same 'file_loc' for {describe(shared['id_str'])}; a model would be tested on "
+            "images that it was trained on, so keep one row for each image."
+        )
 
 
 def _check_kept(names: Sequence[str], *, taken: Sequence[str | None]) -> None:
