@@ -337,6 +337,8 @@ def test_the_prevalence_decides_the_probabilities(predict, layer_norm_model, tmp
     sky = predict()[1]["probability_ring"].astype(float)
     training = predict(output=tmp_path / "training", prevalence="training")[1]["probability_ring"].astype(float)
     assert np.allclose(sky / (1 - sky) * 9, training / (1 - training), rtol=1e-5)  # odds, by Bayes' theorem
+    with pytest.raises(SurveyError, match="another prevalence"):
+        predict(prevalence="training")
 
 
 # Tar archives ---------------------------------------------------------------------------------------------------
