@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from astropy.coordinates import SkyCoord
-from astropy.io import fits
+from astropy.io import fits, votable
 from astropy.table import Table
 from astropy.time import Time
 
@@ -210,6 +210,17 @@ def test_a_truncated_catalog_is_named(suffix, folder, table):
 
     with pytest.raises(CatalogError, match=r"can't be read as"):
         read_catalog(path)
+
+
+def test_text_of_another_encoding_and_several_tables_are_named(folder, table):
+    (folder / "latin.csv").write_text("id_str,file_loc\nNuñez 1,0.png\n", encoding="latin-1")
+    with pytest.raises(CatalogError, match=r"latin\.csv can't be read as csv: .*, that text is in UTF-8, "):
+        read_catalog(folder / "latin.csv")
+    tables = votable.from_table(Table.from_pandas(table))
+    tables.resources.append(votable.from_table(Table.from_pandas(table)).resources[0])
+    tables.to_xml(str(folder / "two.vot"))
+    with pytest.raises(CatalogError, match=r"two\.vot can't be read as votable: .* is the only table in it"):
+        read_catalog(folder / "two.vot")
 
 
 def test_a_fits_image_is_no_catalog(tmp_path):

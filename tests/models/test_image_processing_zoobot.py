@@ -281,6 +281,8 @@ def test_a_standard_deviation_of_0_is_refused():
     [
         (np.zeros((8, 8, 3), np.float32), "an array of float32; give uint8"),
         (np.zeros((8, 8, 3), np.int64), "an array of int64; give uint8"),
+        ("galaxy.jpg", "the image is the text 'galaxy.jpg'; open the file first"),
+        ([], "images is an empty list; give at least one image"),
         (np.zeros((8, 8, 2), np.uint8), r"shape \(8, 8, 2\); give \(height, width\)"),
         (np.zeros((2, 8, 8, 3), np.uint8), r"shape \(2, 8, 8, 3\); give \(height, width\)"),
         (np.zeros((0, 8), np.uint8), "8 x 0 pixels; at least 1 x 1"),

@@ -124,6 +124,9 @@ def test_files_that_are_no_catalogs_are_refused(table, tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"hello")
     with pytest.raises(CatalogError, match=r"bad\.parquet can't be read: .*Check that the file is whole"):
         check_catalog(tmp_path / "bad.parquet")
+    (tmp_path / "latin.csv").write_text("id_str,file_loc\nNuñez 1,a.png\n", encoding="latin-1")
+    with pytest.raises(CatalogError, match=r"latin\.csv can't be read: .*, and that text is in UTF-8\."):
+        check_catalog(tmp_path / "latin.csv")
     with pytest.raises(CatalogError, match="does not exist"):
         check_catalog(tmp_path / "none.csv")
 

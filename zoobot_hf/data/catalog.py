@@ -475,7 +475,8 @@ def _read_table(path: Path) -> pd.DataFrame:
     except _READ_ERRORS as error:
         raise CatalogError(
             f"catalog {path} can't be read as {file_format}: {str(error).rstrip('.') or type(error).__name__}. "
-            "Check that the file is whole and that its suffix names its format."
+            "Check that the file is whole, that text is in UTF-8, that the catalog is the only table in it and that "
+            "its suffix names its format."
         ) from error
 
 

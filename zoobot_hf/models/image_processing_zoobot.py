@@ -117,9 +117,11 @@ class ZoobotImageProcessor(BaseImageProcessor):
             `pixel_values`, float32, (batch, channels, height, width), in 0-1 before any normalisation.
 
         Raises:
-            ValueError: An image of another kind or without pixels.
+            ValueError: An image of another kind or without pixels; or no image.
         """
         batch = images if isinstance(images, (list, tuple)) else [images]
+        if not batch:
+            raise ValueError("images is an empty list; give at least one image.")
         cropped = torch.stack([self.crop_and_resize(image) for image in batch])
         return BatchFeature({"pixel_values": self.rescale_and_normalize(cropped)}, tensor_type=return_tensors)
 
@@ -284,6 +286,8 @@ def _as_sixteen_bit_array(picture: Image.Image) -> NDArray[np.uint16]:
 
 def _as_eight_bit_array(image: Any) -> NDArray[np.uint8]:
     array = np.asarray(image)
+    if array.dtype.kind == "U":
+        raise ValueError(f"the image is the text {str(image)!r}; open the file first, such as with PIL's Image.open.")
     if array.dtype == np.uint16:
         array = np.round(array / 257).astype(np.uint8)
     if array.dtype != np.uint8:

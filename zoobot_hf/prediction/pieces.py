@@ -218,7 +218,9 @@ def _read_parts(source: Source) -> Iterator[pd.DataFrame]:
             raise
         except (OSError, ValueError, EOFError, pa.ArrowException) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise CatalogError(f"catalog {path} can't be read: {reason}. Check that the file is whole.") from error
+            raise CatalogError(
+                f"catalog {path} can't be read: {reason}. Check that the file is whole, and that text is in UTF-8."
+            ) from error
 
 
 def _find_files(source: str | Path) -> list[Path]:
