@@ -48,10 +48,12 @@ def test_a_stage_is_pushed_at_its_end_alone(tmp_path):
 
 
 def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp_path, monkeypatch):
+    drawn = []
     for name in [name for name in vars(run_folder) if name.startswith("plot_")]:
-        monkeypatch.setattr(run_folder, name, lambda *_, **__: None)
+        monkeypatch.setattr(run_folder, name, lambda *_, **options: drawn.append(options))
     probability, has_label = np.array([0.1, 0.9]), np.array([False, True])
     selection = measure_selection(probability, has_label, threshold=0.5, prevalence=0.00032)
+    sky = {"prevalence": [0.99968, 0.00032], "classes": [0, 1]}
     labels = ["z < 1", "???", "z > 1"]
     captions = draw_figures(
         tmp_path,
@@ -62,10 +64,12 @@ def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp
         label_names=labels,
         images=[],
         judged=pd.DataFrame(),
-        judged_labels=[JudgedLabel(name, probability, probability, has_label, selection) for name in labels],
+        judged_labels=[JudgedLabel(name, probability, probability, has_label, selection, sky) for name in labels],
         judged_votes=JudgedVotes(probability, probability, {}, 10),
     )
     assert len(captions) == 13
+    # Curves of thresholds are for the same sky as the selections: two for each label.
+    assert [{name: own[name] for name in sky} for own in drawn if "prevalence" in own] == [sky] * 6
     assert all(FIGURE_OF_RUN.fullmatch(path) for path in captions)
     assert captions["figures/completeness_and_purity_z_1_0.png"].endswith("selected as 'z < 1', where 0.032% are.")
     assert captions["figures/roc_.png"] == "ROC, and purity against completeness where 0.032% are '???'."

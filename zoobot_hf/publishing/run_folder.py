@@ -37,6 +37,8 @@ class JudgedLabel(NamedTuple):
         probability: Its probabilities as the model gives them to a survey, 0-1, (n,).
         has_label: Whether each galaxy has it, (n,).
         selection: What its threshold selects of them.
+        sky: The sky that `probability` is for, as `choose_threshold` takes it: `prevalence`, and `classes` where there
+            are three or more.
     """
 
     name: str
@@ -44,6 +46,7 @@ class JudgedLabel(NamedTuple):
     probability: npt.NDArray[Any]
     has_label: npt.NDArray[Any]
     selection: Selection
+    sky: Mapping[str, Any]
 
 
 class JudgedVotes(NamedTuple):
@@ -186,12 +189,10 @@ def _draw_probabilities(folder: Path, label: JudgedLabel, *, ending: str, whose:
         label.has_label,
         folder / selection,
         label=label.name,
-        prevalence=share,
         selection=label.selection,
+        **label.sky,
     )
-    plot_roc_and_precision_recall(
-        label.probability, label.has_label, folder / ranking, label=label.name, prevalence=share
-    )
+    plot_roc_and_precision_recall(label.probability, label.has_label, folder / ranking, label=label.name, **label.sky)
     return {
         reliability: f"Share of {label.name!r} found at each probability, among the {whose} as they are.",
         selection: f"Completeness and purity of galaxies selected as {label.name!r}, where {share_to_show(share)} are.",

@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from zoobot_hf.data.catalog import write_catalog
 from zoobot_hf.data.dataset import HUB_IDENTIFIER
 from zoobot_hf.evaluation.intervals import CONFIDENCE
-from zoobot_hf.evaluation.judgement import Judgement
+from zoobot_hf.evaluation.judgement import Judgement, sky_of_label
 from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for, truth_of_label
 from zoobot_hf.evaluation.scores import CALIBRATION_ERROR_BY_CHANCE, LABELLED_GALAXIES, Scores
 from zoobot_hf.evaluation.selection import Selection
@@ -293,6 +293,7 @@ def _judged_labels(model: ModelWithHead, judgement: Judgement | None, test: Data
                 judgement.probabilities[known, number],
                 has_label,
                 selection,
+                sky_of_label(labels, number, config),
             )
         )
     return judged
