@@ -1,3 +1,6 @@
+import json
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from zoobot_hf import FrozenStageArguments, FrozenStageTrainer, measure_selection
 from zoobot_hf.publishing import run_folder
 from zoobot_hf.publishing.hub import FIGURE_OF_RUN
-from zoobot_hf.publishing.run_folder import JudgedLabel, JudgedVotes, draw_figures
+from zoobot_hf.publishing.run_folder import JudgedLabel, JudgedVotes, draw_figures, write_json
 
 
 def test_a_single_stage_is_pushed_in_one_commit(
@@ -73,3 +76,18 @@ def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp
     assert all(FIGURE_OF_RUN.fullmatch(path) for path in captions)
     assert captions["figures/completeness_and_purity_z_1_0.png"].endswith("selected as 'z < 1', where 0.032% are.")
     assert captions["figures/roc_.png"] == "ROC, and purity against completeness where 0.032% are '???'."
+
+
+def test_two_processes_may_write_the_same_file_at_once(tmp_path, monkeypatch):
+    path, replace = tmp_path / "run.json", os.replace
+
+    def let_the_other_be_first(*names):
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        write_json(path, "of the other")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", let_the_other_be_first)
+    write_json(path, "own")
+    assert json.loads(path.read_text()) == "own"
+    assert list(tmp_path.iterdir()) == [path]

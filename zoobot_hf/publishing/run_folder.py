@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
+from zoobot_hf.data.catalog import whole_file
 from zoobot_hf.evaluation.plots import plot_confusion, plot_most_wrong, plot_training_curves
 from zoobot_hf.evaluation.probability_plots import (
     plot_completeness_and_purity,
@@ -66,13 +66,14 @@ class JudgedVotes(NamedTuple):
 
 
 def save_model(folder: Path, model: ZoobotPreTrainedModel, processor: ZoobotImageProcessor) -> None:
-    """Writes model and processor; nothing else is needed to load them.
+    """Writes model and processor; nothing else is needed to load them. A card that lies there is deleted.
 
     Args:
         folder: Made where it isn't there.
         model: The finetuned model.
         processor: Its image processor.
     """
+    (folder / MODEL_CARD).unlink(missing_ok=True)  # of other weights: without a card, a push refuses the folder
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -216,9 +217,8 @@ def write_json(path: Path, values: Any) -> None:
         path: The file.
         values: Nested dictionaries, lists, texts and numbers.
     """
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _without_nan(values: Any) -> Any:
