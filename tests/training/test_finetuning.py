@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 from processes import run_on_two
 from safetensors.torch import load_file
 from tiny_models import tiny_model
-from transformers import TrainerCallback, pipeline
+from transformers import TrainerCallback, TrainingArguments, pipeline
 
 from zoobot_hf import (
     FrozenStageArguments,
@@ -21,6 +22,7 @@ from zoobot_hf import (
     read_catalog,
     split_dataset,
 )
+from zoobot_hf.training import finetuning
 from zoobot_hf.training.cross_validation import cross_validate, split_for_final_model
 from zoobot_hf.training.trainer import FrozenStageTrainer, UnfrozenStageTrainer
 
@@ -187,10 +189,38 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(stage, step, name
     assert all(torch.equal(tensor, weights[name]) for name, tensor in unbroken.model.state_dict().items())
 
 
-def test_a_finished_run_is_not_run_again_by_resume(run, monkeypatch):
+def be_killed(*args, **kwargs):
+    raise KilledError
+
+
+def test_a_run_that_was_moved_ends_with_its_best_weights(run, tmp_path, monkeypatch):
+    # The loss falls from epoch to epoch, so that the highest is the first one's.
+    options = {"frozen": FrozenStageArguments(**SETTINGS, greater_is_better=True), "skip_unfrozen": True}
+    unbroken = run("unbroken", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenStageTrainer, "_load_best_model", be_killed)
+        with pytest.raises(KilledError):
+            run("broken", **options)
+    (tmp_path / "broken-checkpoints").rename(tmp_path / "moved-checkpoints")
+    resumed = run("moved", **options, resume=True)
+    assert resumed.kept.kept_epoch == unbroken.kept.kept_epoch == 1
+    assert resumed.kept.validation_outputs == unbroken.kept.validation_outputs
+
+
+def test_a_finished_run_is_not_run_again_by_resume(run, tmp_path, monkeypatch):
     first = run("out")
+    configuration = (tmp_path / "out" / "config.json").read_text()
     monkeypatch.setattr(FrozenStageTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     assert run("out", resume=True).kept_stage == first.kept_stage
+    assert (tmp_path / "out" / "config.json").read_text() == configuration
+
+
+def test_a_model_that_is_written_again_has_no_card_until_all_is_written(run, tmp_path, monkeypatch):
+    run("out", skip_unfrozen=True)
+    monkeypatch.setattr("zoobot_hf.training.run_report.draw_figures", be_killed)
+    with pytest.raises(KilledError):
+        run("out", skip_unfrozen=True, resume=True, decision_aim="purity", decision_at_least=0.9)
+    assert not (tmp_path / "out" / "README.md").exists()
 
 
 def test_an_output_folder_that_holds_a_run_is_refused(run, tmp_path):
@@ -198,6 +228,9 @@ def test_an_output_folder_that_holds_a_run_is_refused(run, tmp_path):
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match=r"already holds a run; .*--resume.*--overwrite"):
         run("out")
+    shutil.rmtree(tmp_path / "out-checkpoints")
+    with pytest.raises(FileExistsError, match=r"checkpoints are no longer in .*out-checkpoints, .*--overwrite"):
+        run("out", resume=True, frozen=FrozenStageArguments(**SETTINGS, seed=7))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
@@ -207,6 +240,9 @@ def test_a_refused_choice_deletes_nothing_and_claims_no_folder(run, tmp_path):
     for name in ("out", "new"):
         with pytest.raises(ValueError, match="sky_prevalence has shares for Ring"):
             run(name, overwrite=True, skip_unfrozen=True, sky_prevalence={"Ring": 0.05})
+        for stage, wanted in (("frozen", FrozenStageArguments), ("unfrozen", UnfrozenStageArguments)):
+            with pytest.raises(ValueError, match=f"{stage} is of the type TrainingArguments; give {wanted.__name__},"):
+                run(name, overwrite=True, **{stage: TrainingArguments(use_cpu=True)})
     assert before == {path: path.read_bytes() for path in tmp_path.glob("out*/**/*") if path.is_file()}
     assert not list(tmp_path.glob("new*"))
 
@@ -219,10 +255,27 @@ def test_a_model_in_half_precision_is_refused_before_the_frozen_stage(run, layer
 
 def test_overwrite_starts_anew(run, tmp_path):
     run("out")
-    (tmp_path / "out" / "stray.txt").touch()
     run("out", overwrite=True, skip_unfrozen=True)
-    assert not (tmp_path / "out" / "stray.txt").exists()
     assert "unfrozen" not in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("place", ["out", ".", "link"])
+def test_overwrite_deletes_what_runs_write_and_nothing_else(place, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    (folder / "figures").mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out-checkpoints").symlink_to("disk")
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(folder if place == "." else tmp_path)
+    own = ["notes.txt", "figures/paper.png", "figures/roc.svg"]
+    of_run = ["config.json", "README.md", "model.safetensors", "metrics.json", "predictions-advanced.parquet"]
+    for name in [*own, *of_run, "figures/confusion.png", "figures/roc_bar.png", "figures/roc_bar.pdf"]:
+        (folder / name).touch()
+    (tmp_path / "disk" / "run.json").touch()
+    finetuning._claim_output(Path(place), finetuning.checkpoints_folder(place), delete_first=True)
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == set(own)
+    assert list((tmp_path / "out-checkpoints").iterdir()) == []
 
 
 def test_resuming_with_other_arguments_is_refused_by_name(run, tmp_path):
@@ -267,6 +320,18 @@ def test_resuming_with_other_galaxies_or_labels_is_refused(run, rings):
     for other in (train.select(range(20)), train.map(lambda galaxy: {"label": 1 - galaxy["label"]})):
         with pytest.raises(ValueError, match="had another dataset"):
             run("out", resume=True, skip_unfrozen=True, dataset=type(rings)({**rings, "train": other}))
+
+
+def test_a_run_goes_on_where_its_images_were_moved_and_not_with_other_images(run, galaxy_folder, tmp_path):
+    def load(folder):
+        return split_dataset(catalog_to_dataset(read_catalog(folder / "catalog.csv"), label_column="ring"), seed=0)
+
+    first = run("out", dataset=load(galaxy_folder), skip_unfrozen=True)
+    moved = galaxy_folder.rename(tmp_path / "moved")
+    assert run("out", dataset=load(moved), resume=True, skip_unfrozen=True).test_metrics == first.test_metrics
+    (moved / "images/galaxy_03.png").write_bytes((moved / "images/galaxy_04.png").read_bytes())
+    with pytest.raises(ValueError, match=r"had another set of images \(files by size and time of change\); resume"):
+        run("out", dataset=load(moved), resume=True, skip_unfrozen=True)
 
 
 def test_balancing_records_both_prevalences(run, rings, tmp_path):
@@ -366,6 +431,8 @@ def test_a_model_without_a_test_split_reports_predictions_out_of_fold(run, all_g
         assert own["prevalence"] == pytest.approx(expected.prevalence)
         low, high = (own["labels"]["ring"]["roc_auc"][end] for end in ("low", "high"))
         assert (low, high) == pytest.approx(expected.labels["ring"]["roc_auc"][1:], abs=1e-6)
+    selection = finetuned.judgements[finetuned.kept_stage].selections["ring"]
+    assert selection.with_label + selection.without_label == len(splits["train"]) == 30
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Out of fold: 40 galaxies, each judged by a model that was not trained on it." in card
     assert "Each was trained on fewer galaxies than the model here" in card

@@ -1,6 +1,9 @@
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerState
 
 from zoobot_hf.training import stages
 from zoobot_hf.training.stages import StageResult
@@ -10,13 +13,41 @@ def result_of(name, *, validation=0.0, test=0.0):
     return StageResult(name, [], 1.0, 0.5, [[0.0, validation]], [[0.0, test]], 1.0)
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    whole, half = tmp_path / "checkpoint-4", tmp_path / "checkpoint-8"
-    for folder in (whole, half):
-        folder.mkdir()
-    (whole / "trainer_state.json").touch()
-    assert stages._last_whole_checkpoint(tmp_path) == str(whole)
-    assert not half.exists()
+@pytest.fixture
+def whole(tmp_path):
+    """A checkpoint that was written to its end."""
+    checkpoint = tmp_path / "stage" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    TrainerState().save_to_json(checkpoint / "trainer_state.json")
+    return checkpoint
+
+
+@pytest.mark.parametrize("written", [None, "", '{"best_global_step": 4, "best_'])
+def test_a_half_written_checkpoint_is_passed_over_and_deleted_when_every_process_has_seen_it(
+    written, whole, monkeypatch
+):
+    half = whole.with_name("checkpoint-8")
+    half.mkdir()
+    if written is not None:
+        (half / "trainer_state.json").write_text(written)
+    is_there = []
+    processes = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: is_there.append(half.exists()))
+    monkeypatch.setattr(stages, "PartialState", lambda: processes)
+    assert stages._last_whole_checkpoint(whole.parent) == whole
+    assert is_there == [True, False, False]
+
+
+def test_the_best_checkpoint_of_a_copied_run_is_its_own(whole, tmp_path):
+    path = whole / "trainer_state.json"
+    original = tmp_path / "original" / "checkpoint-2"
+    original.mkdir(parents=True)
+    TrainerState(best_global_step=2, best_model_checkpoint=str(original)).save_to_json(path)
+    with pytest.raises(FileNotFoundError, match=r"stage/checkpoint-2, the best .* is gone; put it back, or start anew"):
+        stages._take_best_beside(whole)
+    own = whole.with_name("checkpoint-2")
+    own.mkdir()
+    stages._take_best_beside(whole)
+    assert json.loads(path.read_text())["best_model_checkpoint"] == str(own)
 
 
 # What a run wrote as JSON has None for what is not finite.

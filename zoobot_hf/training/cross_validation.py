@@ -13,6 +13,7 @@ import copy
 import functools
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -51,7 +52,7 @@ from .embedding_cache import Stored, StoredEmbeddings, Views, store_embeddings
 from .folds import assign_folds, check_classes, group_near_duplicates
 from .machine import tune_memory_allocator
 from .reading import Pictures
-from .stages import StageResult, best_stage, check_same_run, fingerprint_run, run_stages
+from .stages import RUN_FILE, StageResult, best_stage, check_same_run, choose_arguments, fingerprint_run, run_stages
 from .trainer import FrozenStageTrainer, check_labels
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 5  # a fifth of what is not the test fold
 AUDITED = 24  # labels on the sheet
 OUT_OF_FOLD = "out_of_fold.parquet"
+FIGURE_OF_LABEL = re.compile(r"(reliability|roc)(_\w*)?\.(png|pdf)")
 
 Integers = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.floating[Any]]
@@ -160,12 +162,13 @@ def cross_validate(
         seed: Decides the folds and the new heads.
         work_dir: A folder for checkpoints and for what each fold gave: the same call goes on there with a run that was
             killed. When absent, a run that is killed starts anew.
-        overwrite: Whether to delete what an earlier run left in `work_dir`.
+        overwrite: Whether to delete what an earlier run left in `work_dir`; other files there stay.
 
     Raises:
-        ValueError: No `ClassLabel`, a class with fewer galaxies than folds (or than three), a galaxy that is there
-            twice, labels that aren't the model's, a prevalence that doesn't fit, a class of which nearly all are
-            near-duplicates of each other, or a `work_dir` of another run.
+        FileNotFoundError: The best checkpoint of a fold that was killed is gone.
+        ValueError: Arguments of another class, no `ClassLabel`, a class with fewer galaxies than folds (or than three),
+            a galaxy that is there twice, labels that aren't the model's, a prevalence that doesn't fit, a class of
+            which nearly all are near-duplicates of each other, or a `work_dir` of another run.
     """
     tune_memory_allocator()
     galaxies = _join(dataset)
@@ -174,7 +177,7 @@ def cross_validate(
     check_classes(galaxies, folds=3)  # one each to train on, to validate with and to test
     shares = measure_prevalence(galaxies) if sky_prevalence is None else check_prevalence(sky_prevalence, model.config)
     sky = [shares[name] for name in model.config.label_names]
-    frozen, unfrozen = frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
+    frozen, unfrozen = choose_arguments(frozen, unfrozen)
     shared = _embed(model, processor, galaxies, frozen)
     fold_of, duplicates, groups = _find_folds(galaxies, labels, shared, folds=folds, seed=seed)
     probabilities = np.empty((len(galaxies), len(model.config.label_names)))
@@ -225,6 +228,9 @@ def write_cross_validation(
     """
     folder, galaxies = Path(output_dir), _join(dataset)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if FIGURE_OF_LABEL.fullmatch(path.name):
+            path.unlink()  # it may be of a label that this result doesn't have
     write_catalog(result.table, folder / OUT_OF_FOLD)
     write_catalog(result.doubtful, folder / "label_audit.csv")
     write_catalog(result.duplicates, folder / "near_duplicates.csv")
@@ -430,9 +436,11 @@ def _open_work_dir(work_dir: str | Path | None, *, delete_first: bool) -> Iterat
         return
     folder = Path(work_dir)
     if PartialState().is_main_process:
-        if delete_first and folder.is_dir():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if delete_first:
+            for path in folder.glob("fold-*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (folder / RUN_FILE).unlink(missing_ok=True)  # last: without it, folds would be taken for those of any run
     PartialState().wait_for_everyone()
     yield folder
 

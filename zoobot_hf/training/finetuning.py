@@ -16,13 +16,22 @@ from zoobot_hf.evaluation.selection import check_aim
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ModelWithHead
-from zoobot_hf.publishing.hub import METRICS
+from zoobot_hf.publishing.hub import CONFIGURATION, FIGURE_OF_RUN, FIGURES, METRICS, OPTIONAL_FILES, REQUIRED_FILES
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
 from .cross_validation import CrossValidation
 from .machine import tune_memory_allocator
 from .run_report import Finetuned, count_labels, metrics_of, write_run
-from .stages import BEST_FOLDER, RUN_FILE, StageResult, best_stage, check_same_run, fingerprint_run, run_stages
+from .stages import (
+    BEST_FOLDER,
+    RUN_FILE,
+    StageResult,
+    best_stage,
+    check_same_run,
+    choose_arguments,
+    fingerprint_run,
+    run_stages,
+)
 from .trainer import check_labels
 
 logger = logging.getLogger(__name__)
@@ -83,7 +92,8 @@ def finetune(
         out_of_fold: What models that were trained in the same way said of these galaxies, from `cross_validate`; the
             model is for the sky that its predictions are for.
         resume: Whether to go on with a run that was killed in this `output_dir`.
-        overwrite: Whether to delete what an earlier run left in this `output_dir`.
+        overwrite: Whether to delete what an earlier run left in this `output_dir`, and its checkpoints; other files
+            there stay.
         dataset_name: How the model card calls the dataset: a Hub id or a name.
         cuts: How many galaxies each cut removed, for the model card.
         sky_prevalence: The share of each label in the sky that the predictions are for, by its name, above 0; that of
@@ -97,12 +107,14 @@ def finetune(
         The model, the stages' results, and where everything is.
 
     Raises:
-        FileExistsError: The output folder holds a run, and neither `resume` nor `overwrite` was asked for.
+        FileExistsError: The output folder holds a run, and neither `resume` nor `overwrite` was asked for; or `resume`,
+            and the run was finished and its checkpoints are gone.
+        FileNotFoundError: The best checkpoint of the run to resume is gone.
         UnreadableImageError: Some images can't be read.
-        ValueError: The dataset lacks a split, or its labels aren't the model's; a class without a training galaxy; a
-            prevalence or an aim that doesn't fit, or one of these, or balancing, where there are no classes; galaxies
-            that are not those of `out_of_fold`, or a `sky_prevalence` beside it; or the run to resume had other data or
-            arguments.
+        ValueError: Arguments of another class; the dataset lacks a split, or its labels aren't the model's; a class
+            without a training galaxy; a prevalence or an aim that doesn't fit, or one of these, or balancing, where
+            there are no classes; galaxies that are not those of `out_of_fold`, or a `sky_prevalence` beside it; or the
+            run to resume had other data or arguments.
     """
     tune_memory_allocator()
     _check_splits(dataset, needed=SPLITS if out_of_fold is None else SPLITS_OF_FINAL_MODEL)
@@ -113,7 +125,7 @@ def finetune(
     _check_classes_are_there(model, **choices, decision_aim=decision_aim, decision_at_least=decision_at_least)
     check_aim(decision_aim or "f1", decision_at_least)
     output_dir, work_dir = Path(output_dir), checkpoints_folder(output_dir)
-    frozen, unfrozen = frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
+    frozen, unfrozen = choose_arguments(frozen, unfrozen)
     for split in dataset.values():
         check_labels(split, model)
     if not skip_unfrozen:
@@ -295,11 +307,17 @@ def check_output(output_dir: str | Path, *, resume: bool = False, overwrite: boo
     output_dir, work_dir = Path(output_dir), checkpoints_folder(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise NotADirectoryError(f"output_dir is {output_dir}, which is a file; choose a folder.")
-    is_finished = (output_dir / METRICS).is_file() and (output_dir / "config.json").is_file()
-    holds_run = is_finished or (work_dir / RUN_FILE).is_file()
+    is_finished = (output_dir / METRICS).is_file() and (output_dir / CONFIGURATION).is_file()
+    can_go_on = (work_dir / RUN_FILE).is_file()
+    holds_run = is_finished or can_go_on
     if not holds_run and any(folder.is_dir() and any(folder.iterdir()) for folder in (output_dir, work_dir)):
         raise FileExistsError(
             f"{output_dir} or {work_dir} holds files that are not a run's, and would lose them; choose a new folder."
+        )
+    if is_finished and resume and not can_go_on:
+        raise FileExistsError(
+            f"{output_dir} holds a finished run whose checkpoints are no longer in {work_dir}, so that it can't be "
+            "resumed; start anew and delete it (overwrite=True, --overwrite), or choose another output_dir."
         )
     if holds_run and not (resume or overwrite):
         raise FileExistsError(
@@ -316,18 +334,28 @@ def checkpoints_folder(output_dir: str | Path) -> Path:
     """
     # Resolved, because "." and ".." have no name that the checkpoints' folder could be called after.
     resolved = Path(output_dir).resolve()
-    return resolved.with_name(f"{resolved.name}-checkpoints")
+    # It may be a link to a disk with more space.
+    return resolved.with_name(f"{resolved.name}-checkpoints").resolve()
 
 
 def _claim_output(output_dir: Path, work_dir: Path, *, delete_first: bool) -> None:
     # Every process looks before the first one writes.
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        for folder in (output_dir, work_dir):
-            if delete_first and folder.is_dir():
-                shutil.rmtree(folder)
+        if delete_first:
+            for path in _files_of_run(output_dir):
+                path.unlink(missing_ok=True)
+            if work_dir.is_dir():
+                shutil.rmtree(work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
     PartialState().wait_for_everyone()
+
+
+def _files_of_run(output_dir: Path) -> list[Path]:
+    """What a run can have written to its folder, some figures as PDF too; all else there is the user's."""
+    drawn = [path for ending in ("png", "pdf") for path in output_dir.glob(f"{FIGURES}/*.{ending}")]
+    figures = [path for path in drawn if FIGURE_OF_RUN.fullmatch(f"{FIGURES}/{path.stem}.png")]
+    return [output_dir / name for name in (*REQUIRED_FILES, *OPTIONAL_FILES)] + figures
 
 
 def _with_prevalence(

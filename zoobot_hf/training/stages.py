@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
+from zoobot_hf.data.catalog import whole_file
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.evaluation.vote_metrics import vote_metrics_for_trainer
 from zoobot_hf.models.checkpoint import FIELDS_OF_OLD_HEAD
@@ -25,13 +26,14 @@ from zoobot_hf.models.modeling_zoobot import ModelWithHead
 from zoobot_hf.publishing.run_folder import write_json
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
-from .embedding_cache import hash_weights
+from .embedding_cache import hash_weights, identify_images
 from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, read_labels
 
 logger = logging.getLogger(__name__)
 
 BEST_FOLDER = "best"
 RUN_FILE = "run.json"
+STATE_FILE = "trainer_state.json"  # the last that Trainer writes of a checkpoint
 # What a run itself writes into a model's configuration.
 FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights"}
 
@@ -62,6 +64,25 @@ class StageResult:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+def choose_arguments(
+    frozen: FrozenStageArguments | None, unfrozen: UnfrozenStageArguments | None
+) -> tuple[FrozenStageArguments, UnfrozenStageArguments]:
+    """The arguments of both stages, the usual ones where there are none.
+
+    Args:
+        frozen: Of the frozen stage.
+        unfrozen: Of the unfrozen stage.
+
+    Raises:
+        ValueError: They are of another class.
+    """
+    stages = {"frozen": (frozen, FrozenStageArguments), "unfrozen": (unfrozen, UnfrozenStageArguments)}
+    for name, (given, wanted) in stages.items():
+        if given is not None and not isinstance(given, wanted):
+            raise ValueError(f"{name} is of the type {type(given).__name__}; give {wanted.__name__}, or leave it out.")
+    return frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
+
+
 def run_stages(
     model: ModelWithHead,
     processor: ZoobotImageProcessor,
@@ -87,6 +108,7 @@ def run_stages(
         frozen_trainer: What makes the frozen stage's trainer.
 
     Raises:
+        FileNotFoundError: The best checkpoint of an unfinished stage is gone.
         ValueError: All stages have diverged.
     """
     stages = [_run_stage("frozen", frozen_trainer, model, frozen, processor, dataset, work_dir)]
@@ -124,6 +146,8 @@ def fingerprint_run(
     galaxies = {
         name: [dataset[name]["id_str"][:], known.tolist()] for name, known in labels.items() if known is not None
     }
+    # The times of files outlast a move or a copy (cp -a, rsync -a, tar), and their paths don't.
+    images = {name: identify_images(split, with_paths=False) for name, split in dataset.items()}
     settings = {
         f"{stage.__class__.__name__}.{name}": value for stage in arguments for name, value in stage.decisive.items()
     }
@@ -132,7 +156,8 @@ def fingerprint_run(
         "encoder weights": hash_weights(model.base_model.encoder),
         **{f"model.{name}": value for name, value in configuration.items()},
         "processor": processor.to_dict(),
-        "dataset": hashlib.sha256(json.dumps(galaxies).encode()).hexdigest(),
+        "dataset": _hash_json(galaxies),
+        "set of images (files by size and time of change)": _hash_json(images),
         "number of processes": PartialState().num_processes,
         **choices,
         **settings,
@@ -164,6 +189,10 @@ def check_same_run(work_dir: Path, fingerprint: dict[str, Any]) -> None:
         write_json(path, fingerprint)
 
 
+def _hash_json(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def _run_stage(
     name: str,
     make_trainer: Callable[..., FrozenStageTrainer | UnfrozenStageTrainer],
@@ -177,6 +206,7 @@ def _run_stage(
     finished = folder / "finished.json"
     if finished.is_file():
         model.load_weights(folder / BEST_FOLDER)
+        model.config.use_cache = arguments.use_cache  # as Trainer does it, so that the same configuration is saved
         return StageResult(**json.loads(finished.read_text()))
     arguments = copy.copy(arguments)
     arguments.output_dir = str(folder)
@@ -190,7 +220,10 @@ def _run_stage(
     )
     logger.info("The %s stage: at most %g epochs.", name, arguments.num_train_epochs)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+    checkpoint = _last_whole_checkpoint(folder)
+    if checkpoint is not None:
+        _take_best_beside(checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     result = _measure(name, trainer, dataset, seconds=time.monotonic() - started)
     if PartialState().is_main_process:
         model.save_pretrained(folder / BEST_FOLDER)
@@ -206,16 +239,49 @@ def _metrics_in_training(model: ModelWithHead) -> Callable[[EvalPrediction], dic
     return metrics_for_trainer(config.problem_type)
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
+def _last_whole_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end; what a kill left of a later one is deleted."""
-    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))):
-        # Trainer writes this file last.
-        if (Path(checkpoint) / "trainer_state.json").is_file():
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        checkpoint = Path(last)
+        is_whole = _is_whole(checkpoint)
+        # Every process looks before the first one deletes.
+        PartialState().wait_for_everyone()
+        if is_whole:
             return checkpoint
         if PartialState().is_main_process:
             shutil.rmtree(checkpoint)
         PartialState().wait_for_everyone()
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def _take_best_beside(checkpoint: Path) -> None:
+    """Writes down that the best checkpoint is the one of the same folder, which may have been moved or copied.
+
+    Where it is missing, `Trainer` would end with the last weights.
+    """
+    path = checkpoint / STATE_FILE
+    state = TrainerState.load_from_json(str(path))
+    if state.best_model_checkpoint is None:
+        return
+    best = checkpoint.with_name(Path(state.best_model_checkpoint).name)
+    if not best.is_dir():
+        raise FileNotFoundError(
+            f"{best}, the best checkpoint of the run to resume, is gone; put it back, or start anew (overwrite=True, "
+            "--overwrite, or another folder)."
+        )
+    if PartialState().is_main_process:
+        state.best_model_checkpoint = str(best)
+        with whole_file(path) as partial:
+            state.save_to_json(str(partial))
+    PartialState().wait_for_everyone()
 
 
 def _measure(
