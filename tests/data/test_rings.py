@@ -32,13 +32,14 @@ def make_votes(**columns):
 
 def make_vote_catalog(folder, count):
     """Every fourth galaxy is a ring, every fourth is undecided, and the last two are cut."""
-    Image.new("RGB", (4, 4)).save(folder / "galaxy.png")
+    for row in range(count):
+        Image.new("RGB", (4, 4)).save(folder / f"{row}.png")
     featured = np.full(count, 0.9)
     featured[-2:] = 0.1
     table = pd.DataFrame(
         {
             "id_str": [f"g{row}" for row in range(count)],
-            "file_loc": "galaxy.png",
+            "file_loc": [f"{row}.png" for row in range(count)],
             FEATURED_COLUMN: featured,
             FACE_ON_COLUMN: 0.9,
             RING_FRACTION_COLUMN: np.tile([0.5, 0.1, 0.0, 0.0], count // 4),
