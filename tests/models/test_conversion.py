@@ -351,6 +351,26 @@ def test_an_object_in_the_bin_file_of_a_transformers_repository_is_refused_too(l
     assert "code from a checkpoint" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_a_damaged_file_of_several_is_refused(ending, layer_norm_model, tmp_path, capsys):
+    encoder = ConvNextModel(layer_norm_model.config.encoder_config)
+    encoder.save_pretrained(tmp_path, max_shard_size="10KB")
+    paths = sorted(tmp_path.glob("model-*.safetensors"))
+    if ending == "bin":
+        for path in paths:
+            torch.save(load_file(path), path.with_name(f"pytorch_{path.stem}.bin"))
+            path.unlink()
+        index = (tmp_path / "model.safetensors.index.json").read_text().replace("model-", "pytorch_model-")
+        (tmp_path / "pytorch_model.bin.index.json").write_text(index.replace(".safetensors", ".bin"))
+        (tmp_path / "model.safetensors.index.json").unlink()
+    assert_same_weights(ZoobotModel.from_pretrained(tmp_path).encoder, encoder)
+    damaged = sorted(tmp_path.glob(f"*model-*.{ending}"))[1]
+    torch.save({"surprise": Callout()}, damaged)
+    with pytest.raises(ValueError, match=rf"the model's weights, {damaged.name}, are damaged"):
+        ZoobotModel.from_pretrained(tmp_path)
+    assert "code from a checkpoint" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04" + b"\0" * 40])
 def test_a_damaged_bin_file_is_refused(content, resnet, tmp_path):
     folder = write_timm_layout(tmp_path / "encoder", resnet, architecture="test_resnet", weights="pytorch_model.bin")
@@ -516,10 +536,18 @@ def test_no_network_and_nothing_cached_is_one_clear_line(tmp_path):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("status", [403, 500])
-def test_a_hub_that_fails_is_one_clear_line(status, hub, tmp_path):
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"the Hub refused the token; log in again with `hf auth login`\.$"),
+        (403, r"the Hub refused it \(.*Failed as the test wanted.*\); try again in a while or download it first\.$"),
+        (429, r"the Hub refused it \(.*\b429\b.*\); try again in a while or download it first\.$"),
+        (500, r"the Hub refused it \(.*\b500\b.*\); try again in a while or download it first\.$"),
+    ],
+)
+def test_a_hub_that_fails_is_one_clear_line(status, message, hub, tmp_path):
     hub.fail_next("GET|HEAD", status=status, times=50)
-    with pytest.raises(OSError, match="the Hub could not be reached; check the network or download it first") as e:
+    with pytest.raises(OSError, match=message) as e:
         ZoobotModel.from_pretrained("astronomer/encoder", cache_dir=tmp_path)
     assert "\n" not in str(e.value)
 
@@ -537,6 +565,14 @@ def test_a_private_encoder_needs_a_token(timm_folder, resnet, pixel_values, hub_
         ZoobotForImageClassification.from_pretrained(repo_id, label_names=LABELS)
     model = ZoobotForImageClassification.from_pretrained(repo_id, label_names=LABELS, token=hub_token)
     assert_equal_to_timm(model, resnet, pixel_values)
+
+
+def test_a_gated_encoder_says_where_to_ask_for_it(timm_folder, hub, hub_token, upload, repo_id, tmp_path):
+    upload(repo_id, timm_folder)
+    HfApi(endpoint=hub.url, token=hub_token).update_repo_settings(repo_id, gated="manual")
+    for token in (False, hub.tokens["visitor"]):
+        with pytest.raises(OSError, match=f"'{repo_id}' is gated; ask for access on its page, and log in with"):
+            ZoobotModel.from_pretrained(repo_id, token=token, cache_dir=tmp_path)
 
 
 @pytest.fixture
@@ -576,6 +612,7 @@ def test_a_subfolder_has_configuration_weights_and_processor(
     folder = finetuned if has_another_model_above else tmp_path / "empty"
     batch_norm_model.config.calibration_temperature = 0.5
     batch_norm_model.save_pretrained(folder / "stages/frozen")
+    batch_norm_model.save_pretrained(folder / "stages/frozen/best")
     ZoobotImageProcessor(40).save_pretrained(folder / "stages/frozen")
     place = {"pretrained_model_name_or_path": upload(repo_id, folder) if is_on_the_hub else folder}
     place["subfolder"] = "stages/frozen"
@@ -585,7 +622,14 @@ def test_a_subfolder_has_configuration_weights_and_processor(
         assert model.config.calibration_temperature == 0.5
     assert ZoobotImageProcessor.from_pretrained(**place).pixels == 40
     assert image_processor_for(place["pretrained_model_name_or_path"], subfolder="stages/frozen").pixels == 40
-    assert all("stages/frozen" in request.target for request in hub.requests if "safetensors" in request.target)
+    assert all("stages/frozen/model" in request.target for request in hub.requests if "safetensors" in request.target)
+    if is_on_the_hub and has_another_model_above:
+        hub.forget()
+        assert (
+            ZoobotModel.from_pretrained(place["pretrained_model_name_or_path"]).config.calibration_temperature is None
+        )
+        assert hub.count("GET", "/resolve/.*safetensors") + hub.count("HEAD", "/resolve/.*safetensors") > 0
+        assert not [request for request in hub.requests if "stages" in request.target]
 
 
 @pytest.mark.parametrize("is_on_the_hub", [False, True])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -76,6 +77,8 @@ def local_copy(name_or_path: str | Path, *, subfolder: str | None = None, **hub_
     if Path(name_or_path).is_dir() or (Path(name_or_path).is_file() and Path(name_or_path).suffix == ".ckpt"):
         return Path(name_or_path, subfolder or "")
     name, inside = str(name_or_path), PurePosixPath(subfolder or "")
+    # A pattern's star stands for slashes too.
+    hub_arguments["ignore_patterns"] = str(inside / "*/*")
     try:
         patterns = [str(inside / pattern) for pattern in SAFE_PATTERNS]
         folder = Path(snapshot_download(name, allow_patterns=patterns, **hub_arguments), inside)
@@ -89,17 +92,27 @@ def local_copy(name_or_path: str | Path, *, subfolder: str | None = None, **hub_
         raise OSError(
             f"{name!r} has no revision {hub_arguments.get('revision')!r}; see its branches and tags."
         ) from error
+    except GatedRepoError as error:
+        raise OSError(f"{name!r} is gated; ask for access on its page, and log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise OSError(
             f"{name!r} is neither a folder here nor a repository on the Hub; check the spelling, and log in with "
             "`hf auth login` if it is private."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        raise OSError(
-            f"{name!r} is no folder here, is not in the cache, and the Hub could not be reached; check the network or "
-            "download it first."
-        ) from error
+        raise OSError(f"{name!r} is no folder here, is not in the cache, and {_what_kept_it(error)}.") from error
     return folder
+
+
+def _what_kept_it(error: Exception) -> str:
+    """Why nothing came from the Hub, and what to do."""
+    # Where it looks into the cache after a refusal, huggingface_hub raises the cache's error from the Hub's.
+    refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
+    if not isinstance(refusal, HfHubHTTPError):
+        return "the Hub could not be reached; check the network or download it first"
+    if refusal.response.status_code == 401:
+        return "the Hub refused the token; log in again with `hf auth login`"
+    return f"the Hub refused it ({str(refusal).splitlines()[0]}); try again in a while or download it first"
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
@@ -282,7 +295,7 @@ def _input_channels(shapes: dict[str, Shape] | None) -> int | None:
 
 
 def read_weight_shapes(folder: Path) -> dict[str, Shape] | None:
-    """The shape of each tensor in a checkpoint by its name; None where there are no weights in a single file.
+    """The shape of each tensor in a checkpoint, of one file or several, by its name; None where there are no weights.
 
     Args:
         folder: A local copy of a repository.
@@ -290,10 +303,15 @@ def read_weight_shapes(folder: Path) -> dict[str, Shape] | None:
     Raises:
         ValueError: The weights are damaged, or there are other objects among them.
     """
-    safetensors_path, bin_path = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if safetensors_path.is_file():
-        return _read_safetensors_shapes(safetensors_path)
-    return _read_bin_shapes(bin_path) if bin_path.is_file() else None
+    for stem, ending, read in (
+        ("model", ".safetensors", _read_safetensors_shapes),
+        ("pytorch_model", ".bin", _read_bin_shapes),
+    ):
+        single = folder / f"{stem}{ending}"
+        paths = [single] if single.is_file() else sorted(folder.glob(f"{stem}-*-of-*{ending}"))
+        if paths:
+            return {name: shape for path in paths for name, shape in read(path).items()}
+    return None
 
 
 def _read_safetensors_shapes(path: Path) -> dict[str, Shape]:
