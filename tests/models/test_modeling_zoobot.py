@@ -359,6 +359,17 @@ def test_a_model_is_loaded_in_the_type_that_is_asked_for(layer_norm_model, pixel
         assert loaded(embeddings=stored).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("auto_class", [ZoobotForImageClassification, AutoModelForImageClassification])
+def test_a_model_saved_in_half_precision_is_loaded_in_float32(auto_class, layer_norm_model, pixel_values, tmp_path):
+    layer_norm_model.bfloat16().save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    for model in (loaded, auto_class.from_pretrained(tmp_path, num_labels=3), ZoobotModel.from_pretrained(tmp_path)):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(logits_of(loaded, pixel_values), logits_of(layer_norm_model.float(), pixel_values))
+    for asked_for in ({"dtype": "auto"}, {"dtype": torch.bfloat16}, {"torch_dtype": torch.bfloat16}):
+        assert auto_class.from_pretrained(tmp_path, **asked_for).dtype == torch.bfloat16
+
+
 def test_a_checkpoint_that_lacks_weights_is_an_error(layer_norm_model, tmp_path):
     layer_norm_model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -403,6 +414,7 @@ def finetuned_folder(layer_norm_model, tmp_path):
     layer_norm_model.config.class_weights = [1.0, 2.0]
     layer_norm_model.config.sky_prevalence = {"not ring": 0.9, "ring": 0.1}
     layer_norm_model.config.training_prevalence = {"not ring": 0.5, "ring": 0.5}
+    layer_norm_model.config.unit_interval, layer_norm_model.config.label_smoothing = True, 0.1
     layer_norm_model.save_pretrained(tmp_path / "finetuned")
     return tmp_path / "finetuned"
 
@@ -483,6 +495,7 @@ def test_other_labels_replace_the_head(asked_for, names, finetuned_folder, layer
 def test_what_was_known_of_the_old_head_is_forgotten_with_it(finetuned_folder):
     config = ZoobotForImageClassification.from_pretrained(finetuned_folder, label_names=["a", "b", "c"]).config
     assert (config.class_weights, config.sky_prevalence, config.training_prevalence) == (None, None, None)
+    assert (config.unit_interval, config.label_smoothing) == (False, 0)
 
 
 def test_what_is_said_of_the_new_head_is_kept(finetuned_folder):
@@ -490,8 +503,10 @@ def test_what_is_said_of_the_new_head_is_kept(finetuned_folder):
         "label_names": ["a", "b", "c"],
         "class_weights": [1, 2, 3],
         "sky_prevalence": {"a": 0, "b": 0.5, "c": 0.5},
+        "unit_interval": True,
     }
     config = ZoobotForImageClassification.from_pretrained(finetuned_folder, **fields).config
+    assert config.unit_interval is True
     assert config.class_weights == [1, 2, 3]
     assert config.sky_prevalence == {"a": 0, "b": 0.5, "c": 0.5}
 

@@ -23,8 +23,10 @@ CONFIG_FIELDS = {*inspect.signature(ZoobotConfig.__init__).parameters, "id2label
 HEAD_FIELDS = ("id2label", "problem_type", "head_type", "pooling")
 # What a dry run of the encoder finds where it isn't given.
 FOUND_FIELDS = ("pooling", "embedding_size")
-# What is known of an old head's classes and training says nothing about a new head.
+# What is known of an old head's classes, values and training says nothing about a new head.
 FIELDS_OF_OLD_HEAD = {
+    "unit_interval": False,
+    "label_smoothing": 0.0,
     "class_weights": None,
     "sky_prevalence": None,
     "training_prevalence": None,

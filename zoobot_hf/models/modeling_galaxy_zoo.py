@@ -67,9 +67,9 @@ class ZoobotForGalaxyZoo(ModelWithHead):
 
         Args:
             pretrained_model_name_or_path: A local folder, a `.ckpt` file or a Hub id.
-            **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`;
-                `decision_tree` and other fields of `ZoobotConfig`; for a zoobot_hf repository whatever else
-                transformers takes, but `output_loading_info`.
+            **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `dtype`,
+                float32 when absent; `decision_tree` and other fields of `ZoobotConfig`; for a zoobot_hf repository
+                whatever else transformers takes, but `output_loading_info`.
 
         Raises:
             OSError: No such folder or repository, or no network.

@@ -173,6 +173,8 @@ class ZoobotPreTrainedModel(PreTrainedModel):
             expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
         check_that_shapes_fit(read_weight_shapes(source.folder), expected, source.name)
         keywords = {**source.other_arguments, "config": config, "use_safetensors": True}
+        # transformers would take the type that the model was saved in, and an encoder is trained in float32.
+        keywords["dtype"] = keywords.get("dtype") or keywords.pop("torch_dtype", None) or torch.float32
         # What doesn't fit is in the report, and refused below.
         keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = super().from_pretrained(str(source.folder), **keywords)
@@ -207,8 +209,9 @@ class ZoobotModel(ZoobotPreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: A local folder or a Hub id.
-            **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; fields of
-                `ZoobotConfig`; for a zoobot_hf repository whatever else transformers takes, but `output_loading_info`.
+            **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `dtype`,
+                float32 when absent; fields of `ZoobotConfig`; for a zoobot_hf repository whatever else transformers
+                takes, but `output_loading_info`.
 
         Raises:
             OSError: No such folder or repository, or no network.
@@ -296,9 +299,9 @@ class ZoobotForImageClassification(ModelWithHead):
 
         Args:
             pretrained_model_name_or_path: A local folder or a Hub id.
-            **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`;
-                `label_names` (or transformers' `id2label` or `num_labels`) and other fields of `ZoobotConfig`; for a
-                zoobot_hf repository whatever else transformers takes, but `output_loading_info`.
+            **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `dtype`,
+                float32 when absent; `label_names` (or transformers' `id2label` or `num_labels`) and other fields of
+                `ZoobotConfig`; for a zoobot_hf repository whatever else transformers takes, but `output_loading_info`.
 
         Raises:
             OSError: No such folder or repository, or no network.

@@ -35,7 +35,7 @@ BEST_FOLDER = "best"
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"  # the last that Trainer writes of a checkpoint
 # What a run itself writes into a model's configuration.
-FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights"}
+FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights", "label_smoothing", "unit_interval"}
 
 
 @dataclass
