@@ -36,6 +36,7 @@ def test_a_dataset_is_streamed(hub_token, repo_id, rings):
 
 def test_a_dataset_has_a_card(hub_token, repo_id, rings):
     push_dataset(rings, repo_id, **ABOUT, token=hub_token)
+    push_dataset(rings, repo_id, **{**ABOUT, "license": None}, token=hub_token)  # keeps what the card has
     card = DatasetCard.load(repo_id)
     assert (card.data.license, card.data.task_categories) == ("apache-2.0", ["image-classification"])
     for line in (f"# {repo_id.split('/')[1]}", "Drawn galaxies.", "| train | 28 |", "- Somebody et al. 2026"):

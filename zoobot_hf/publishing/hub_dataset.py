@@ -28,7 +28,7 @@ def push_dataset(
         dataset: Splits with `id_str`, `image`, `label` and any further columns.
         repo_id: "owner/name"; made where it doesn't exist.
         description: What the galaxies are, how they were chosen and who labelled them, for the card.
-        license: The Hub's short name of the licence, such as "cc-by-nc-sa-4.0".
+        license: The Hub's short name of the licence, such as "cc-by-nc-sa-4.0"; what the card has when absent.
         citations: What to cite, a reference each.
         configuration: Name of the configuration; `load_rings` takes this one.
         private: As in `push_folder`.
@@ -46,12 +46,19 @@ def push_dataset(
         dataset.push_to_hub(repository.repo_id, configuration, token=token, commit_message="Push a dataset of galaxies")
         # datasets itself has put the features and the paths of the splits on top of the card.
         card = DatasetCard.load(repository.repo_id, token=token)
-        card.data.license = license
+        card.data.license = license or card.data.license
         card.data.task_categories = ["image-classification"]
         card.data.tags = ["astronomy", "galaxies"]
         name = repository.repo_id.split("/")[-1]
         card.text = _card_text(dataset, name, description=description, citations=citations)
-        card.push_to_hub(repository.repo_id, token=token, commit_message="Describe the dataset")
+        # Its own push_to_hub asks huggingface.co, whatever HF_ENDPOINT is, up to huggingface_hub 2.0.0.
+        api.upload_file(
+            path_or_fileobj=str(card).encode(),
+            path_in_repo="README.md",
+            repo_id=repository.repo_id,
+            repo_type="dataset",
+            commit_message="Describe the dataset",
+        )
     return str(repository)
 
 
