@@ -116,7 +116,7 @@ def create_repo(hub, request):
     wanted = request.json
     repo_id = f"{wanted['organization'] or user.name}/{wanted['name']}"
     kind = f"{wanted.get('type') or 'model'}s"
-    repo = Repo(kind, repo_id, private=wanted.get("visibility") == "private" or bool(wanted.get("private")))
+    repo = Repo(kind, repo_id, private=wants_private(wanted))
     if not user.owns(repo):
         raise HubError(403, f"You don't have the rights to create a {kind[:-1]} under the namespace {repo.owner}")
     url = f"{hub.url}/{repo.address}"
@@ -205,7 +205,7 @@ def delete_ref(hub, request, repo, group, name):
 def change_settings(hub, request, repo):
     require_owner(request, repo)
     wanted = request.json
-    repo.private = wanted.get("visibility", "private" if repo.private else "public") == "private"
+    repo.private = wants_private(wanted) if wanted.keys() & {"visibility", "private"} else repo.private
     repo.gated = wanted.get("gated", repo.gated)
     return Response({})
 
@@ -364,6 +364,11 @@ def require_entry(request, repo):
     if repo.gated and not (user and (user.owns(repo) or user.name in repo.readers)):
         message = f"Access to {repo.kind[:-1]} {repo.id} is restricted. Ask for access on its page."
         raise HubError(403 if user else 401, message, code="GatedRepo")
+
+
+def wants_private(wanted):
+    """Newer clients send `visibility`, older ones `private`."""
+    return wanted.get("visibility") == "private" or bool(wanted.get("private"))
 
 
 def is_true(value):
