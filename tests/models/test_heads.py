@@ -17,6 +17,7 @@ from zoobot_hf.models.heads import (
     logit_correction,
     prevalence_shift,
     probabilities_from_logits,
+    set_initial_bias,
 )
 from zoobot_hf.models.votes import concentrations_from_logits
 
@@ -319,6 +320,15 @@ def test_class_weights_count_as_prevalence_for_a_single_label_only():
     assert effective_training_prevalence(config_of(MULTI, **weights)) == [0.3, 0.3, 0.4]
 
 
+def test_smoothed_labels_are_as_common_as_smoothing_makes_them():
+    # 0.9 * 0.3 + 0.1 / 3, ..., each times its weight; and 0.9 * 0.3 + 0.1 / 2.
+    smoothed = {"class_weights": [1, 1, 3], "label_smoothing": 0.1, **PREVALENCES}
+    masses = [0.27 + 0.1 / 3, 0.27 + 0.1 / 3, 3 * (0.36 + 0.1 / 3)]
+    expected = [mass / sum(masses) for mass in masses]
+    assert effective_training_prevalence(config_of(**smoothed)) == pytest.approx(expected)
+    assert effective_training_prevalence(config_of(MULTI, **smoothed)) == pytest.approx([0.32, 0.32, 0.41])
+
+
 def test_half_precision_logits_are_calibrated_in_float32():
     outputs = calibrate_logits(LOGITS.bfloat16(), config_of(predictions_for="sky", **PREVALENCES))
     assert outputs.dtype == torch.float32
@@ -366,3 +376,46 @@ def test_a_new_head_starts_out_undecided(head_type):
         assert not head[-1].bias.any()
         assert not head[-1].weight.any()
         assert all(layer.weight.any() for layer in head[:-1] if isinstance(layer, torch.nn.Linear))
+
+
+SEVERAL = [[1.0, 0.0, NAN], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "fields"),
+    [
+        ([0, 0, 0, 1, 2], {}),
+        ([0, 0, 0, 1, 2], {"class_weights": [1.0, 2.0, 5.0], "label_smoothing": 0.2}),
+        (SEVERAL, {"problem_type": MULTI}),
+        (SEVERAL, {"problem_type": MULTI, "class_weights": [1.0, 2.0, 5.0], "label_smoothing": 0.2}),
+        ([[9.5, 0.1, NAN], [11.0, 0.3, 4.0]], {"problem_type": "regression"}),
+        ([[0.5, 0.1, NAN], [0.9, 0.3, 0.2]], {"problem_type": "regression", "unit_interval": True}),
+    ],
+)
+def test_a_new_head_starts_from_what_is_best_to_say_of_all_galaxies_alike(labels, fields):
+    config, labels = config_of(**fields), torch.tensor(labels)
+    head = build_head(config)
+    set_initial_bias(head, labels, config)
+    loss = head_loss(head(torch.randn(len(labels), 4)), labels, config, training=True)
+    loss.backward()
+    torch.testing.assert_close(head[-1].bias.grad, torch.zeros(3), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("labels", "fields"), [([0, 0, 1, 1], {}), ([[0.0, 1.0, NAN]] * 4, {"problem_type": MULTI})])
+def test_a_label_that_no_galaxy_has_starts_from_half_a_galaxy(labels, fields):
+    config = config_of(**fields)
+    head = build_head(config)
+    set_initial_bias(head, torch.tensor(labels), config)
+    bias = head[-1].bias
+    if fields:
+        assert bias.sigmoid().tolist() == pytest.approx([0.5 / 4, 1 - 0.5 / 4, 0.5])
+    else:
+        assert (bias[2] - bias[0]).exp().item() == pytest.approx(0.5 / 4 / 0.5)
+
+
+def test_a_head_that_was_trained_keeps_its_bias():
+    config = config_of()
+    head = build_head(config)
+    nn.init.ones_(head[-1].weight)
+    set_initial_bias(head, torch.tensor([0, 0, 1, 2]), config)
+    assert head[-1].bias.tolist() == [0.0, 0.0, 0.0]

@@ -18,7 +18,7 @@ from zoobot_hf import (
 )
 from zoobot_hf.data.images import UnreadableImageError
 from zoobot_hf.evaluation.metrics import metrics_for_trainer
-from zoobot_hf.models.heads import head_loss
+from zoobot_hf.models.heads import build_head, head_loss
 from zoobot_hf.training.augmentation import augment_galaxies, margin_of_turns
 from zoobot_hf.training.embedding_cache import compute_embeddings, list_cache
 from zoobot_hf.training.machine import InferenceRunner
@@ -342,6 +342,27 @@ def test_the_frozen_stage_learns_to_tell_drawn_rings(batch_norm_model, galaxies,
     trainer = train(FrozenStageTrainer, batch_norm_model, arguments, galaxies, processor)
     losses = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
     assert min(losses) < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("embedding_cache", [True, False])
+def test_a_stage_too_short_to_learn_knows_how_common_a_label_is(
+    embedding_cache, layer_norm_model, galaxies, processor, tmp_path
+):
+    layer_norm_model.config.problem_type = "multi_label_classification"
+    layer_norm_model.head = build_head(layer_norm_model.config)
+    labels = [[float(row % 8 == 0), float(row % 3 == 0)] for row in range(40)]
+    galaxies = galaxies.remove_columns("label").add_column("label", labels)
+    arguments = frozen_arguments(tmp_path, embedding_cache=embedding_cache, learning_rate=1e-9)
+    trainer = FrozenStageTrainer(
+        layer_norm_model,
+        arguments,
+        processing_class=processor,
+        train_dataset=galaxies.select(range(24)),
+        eval_dataset=galaxies.select(range(24, 40)),
+    )
+    trainer.train()
+    probabilities = torch.tensor(trainer.predict(galaxies).predictions).sigmoid().mean(0)
+    assert probabilities.tolist() == pytest.approx([3 / 24, 8 / 24], abs=1e-4)
 
 
 def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(layer_norm_model, galaxies, processor, tmp_path):

@@ -23,6 +23,7 @@ from .configuration_zoobot import PREVALENCES, ZoobotConfig
 # Where a new head starts in the range of concentrations: of 1 to 101 at 4, a guess that is not sure of itself. From the
 # middle, 51, a frozen stage of 20 epochs on 540 drawn galaxies came to a validation loss of 71.5, from here to 51.0.
 INITIAL_CONCENTRATION = 0.03
+SMALLEST_MEAN = 1e-3  # of values in 0-1, for a bias to start from
 SUM_TOLERANCE = 2e-3  # shares written with three digits
 
 
@@ -312,8 +313,9 @@ def probabilities_from_logits(logits: Tensor, config: ZoobotConfig, *, prevalenc
 def effective_training_prevalence(config: ZoobotConfig) -> list[float]:
     """The share of each label that a model's head believes in, in the order of the labels.
 
-    For a single label a class weight counts like that many galaxies. Of several labels each has its own loss, and its
-    weight changes nothing.
+    It is the mean of the probabilities with which the training loss is lowest. For a single label a class weight counts
+    like that many galaxies. Of several labels each has its own loss, and its weight changes nothing. Label smoothing
+    takes a part of each share and deals it out evenly.
 
     Args:
         config: The model's configuration, with `training_prevalence`.
@@ -321,11 +323,54 @@ def effective_training_prevalence(config: ZoobotConfig) -> list[float]:
     Raises:
         ValueError: The configuration has no training prevalence, or not one for each label.
     """
-    shares = _shares_by_label(config, "training_prevalence")
-    if config.class_weights is None or config.problem_type != "single_label_classification":
-        return shares
-    weighted = [share * weight for share, weight in zip(shares, config.class_weights, strict=True)]
-    return [share / sum(weighted) for share in weighted] if sum(weighted) else weighted
+    return _shares_in_loss(torch.tensor(_shares_by_label(config, "training_prevalence"), dtype=torch.float64), config)
+
+
+def set_initial_bias(head: nn.Sequential, labels: Tensor, config: ZoobotConfig) -> None:
+    """Lets a new head start from what is best to say of all training galaxies alike; other heads are left as they are.
+
+    Biases that start at 0 are far from the shares of rare labels, and a short training ends before they are there. Of
+    261 real galaxies with 10% rings (MobileNetV2, four splits), the held-out mean probability of a ring was 0.24 with
+    one label, and 0.50 with several or smoothed ones, at log losses of 0.40 and 0.70; from here on it is 0.12 (0.17
+    with smoothed ones), at 0.37 to 0.39.
+
+    Args:
+        head: From `build_head`; its last layer is changed where its weights are all 0.
+        labels: Of all training galaxies, as in `head_loss`.
+        config: The configuration that the head was built from.
+    """
+    last = head[-1]
+    assert isinstance(last, nn.Linear)
+    if last.weight.any() or config.decision_tree is not None:
+        return
+    with torch.no_grad():
+        last.bias.copy_(_best_constant(labels, config))
+
+
+def _best_constant(labels: Tensor, config: ZoobotConfig) -> Tensor:
+    """The logits, the same for all galaxies, of lowest training loss; finite for a label that none has."""
+    if config.problem_type == "single_label_classification":
+        counts = torch.bincount(labels.long(), minlength=config.num_labels)
+        shares = _shares_in_loss(counts.double() / len(labels), config)
+        logarithms = torch.tensor(shares).clamp(min=0.5 / len(labels)).log()
+        return logarithms - logarithms.mean()
+    known = (~labels.isnan()).sum(0)
+    means = torch.where(known > 0, labels.double().nansum(0) / known, 0.5)
+    if config.problem_type == "regression":
+        return means.logit(SMALLEST_MEAN) if config.unit_interval else torch.where(known > 0, means, 0.0)
+    smallest = 0.5 / known.clamp(min=1)
+    return torch.tensor(_shares_in_loss(means, config)).clamp(smallest, 1 - smallest).logit()
+
+
+def _shares_in_loss(shares: Tensor, config: ZoobotConfig) -> list[float]:
+    """The shares of the labels in the training loss, of galaxies that have them in these shares."""
+    is_single = config.problem_type == "single_label_classification"
+    smoothing = config.label_smoothing
+    smoothed = shares * (1 - smoothing) + smoothing / (config.num_labels if is_single else 2)
+    if not is_single or config.class_weights is None:
+        return list(smoothed.tolist())
+    weighted = smoothed * torch.tensor(config.class_weights, dtype=torch.float64)
+    return list((weighted / weighted.sum() if weighted.any() else weighted).tolist())
 
 
 def _shift_to_sky(config: ZoobotConfig) -> list[float]:

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import CONFIG_NAME
 
-from zoobot_hf.models.heads import loss_weight
+from zoobot_hf.models.heads import loss_weight, set_initial_bias
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from zoobot_hf.models.modeling_zoobot import ModelWithHead
@@ -378,6 +378,9 @@ class FrozenStageTrainer(_StageTrainer):
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
         """
+        labels = None if self.train_dataset is None else read_labels(self.train_dataset, self.whole_model)
+        if labels is not None:
+            set_initial_bias(self.whole_model.head, labels, self.whole_model.config)
         if not self.args.embedding_cache:
             return super().train(*args, **kwargs)
         embeddings = self._embeddings(self.train_dataset, views=self._views())
