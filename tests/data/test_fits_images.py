@@ -172,7 +172,8 @@ def test_lupton_is_astropys():
     red, green, blue = (np.full((4, 4), value) for value in (2.0, 1.0, 0.5))
     red[1, 1] = green[1, 1] = blue[1, 1] = np.nan
     planes, options = {"r": red, "g": green, "b": blue}, {"fits_bands": ["r", "g", "b"], "fits_stretch": "lupton"}
-    image = rendered(planes, **options, fits_lupton=[0, 5, 8])
+    with np.errstate(invalid="raise"):
+        image = rendered(planes, **options, fits_lupton=[0, 5, 8])
     # Lupton et al. 2004: every band times asinh(Q I / stretch) / I, I being the bands' mean; astropy's scale is such
     # that a tenth of white is where a linear stretch has it
     mean = 3.5 / 3

@@ -357,8 +357,7 @@ def _share_inside(counts: Floats, volunteers: Floats, concentrations: Floats, ot
         edge = (1 - INTERVAL) / 2
         inside = np.minimum(below + here, 1 - edge) - np.maximum(below, edge)
         # A count whose probability is too small for a float is a step of no height.
-        is_between = (below > edge) & (below < 1 - edge)
-        shares.append(np.divide(np.clip(inside, 0, None), here, out=is_between.astype(np.float64), where=here > 0))
+        shares.append(np.divide(np.clip(inside, 0, None), here, out=np.zeros_like(here), where=here > 0))
     return np.concatenate(shares)
 
 

@@ -206,7 +206,8 @@ class ZoobotImageProcessor(BaseImageProcessor):
         if self.fits_stretch == "lupton":
             minimum, stretch, softening = self.fits_lupton
             red, green, blue = np.where(is_good, bands, minimum)
-            return np.asarray(make_lupton_rgb(red, green, blue, minimum=minimum, stretch=stretch, Q=softening))
+            with np.errstate(invalid="ignore"):  # a pixel at the minimum in all bands is 0 / 0, and black
+                return np.asarray(make_lupton_rgb(red, green, blue, minimum=minimum, stretch=stretch, Q=softening))
         low, high = np.percentile(bands[is_good], self.fits_percentiles)
         if not high > low:
             raise ValueError(f"its pixels are all {low:g} between the percentiles {self.fits_percentiles}.")

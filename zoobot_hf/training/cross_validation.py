@@ -420,7 +420,6 @@ def _fullest(part: Integers, labels: Integers) -> int:
 def _new_model(model: ZoobotForImageClassification, train: Dataset) -> ZoobotForImageClassification:
     """A copy with a new head: the old one may have seen the galaxies of this fold."""
     fresh = copy.deepcopy(model)
-    fresh.config.forget_calibration()
     fresh.head = build_head(fresh.config).to(model.device)
     fresh.config.training_prevalence = measure_prevalence(train)
     return fresh

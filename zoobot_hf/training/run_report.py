@@ -19,7 +19,7 @@ from zoobot_hf.data.dataset import HUB_IDENTIFIER
 from zoobot_hf.evaluation.intervals import CONFIDENCE
 from zoobot_hf.evaluation.judgement import Judgement, sky_of_label
 from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for, truth_of_label
-from zoobot_hf.evaluation.scores import CALIBRATION_ERROR_BY_CHANCE, LABELLED_GALAXIES, Scores
+from zoobot_hf.evaluation.scores import LABELLED_GALAXIES, Scores
 from zoobot_hf.evaluation.selection import Selection
 from zoobot_hf.evaluation.tables import judged_table, prediction_table
 from zoobot_hf.evaluation.vote_metrics import score_votes
@@ -248,12 +248,8 @@ def _scores_by_population(judgement: Judgement | None, whose: str) -> dict[str, 
         if scores.overall and not are_two:
             tables[f"{place}, all labels together"] = dict(scores.overall)
         for label, own in scores.labels.items():
-            table = {**scores.overall, **own} if are_two else own
-            tables[f"{place}, where {share_to_show(scores.prevalence[label])} are {label}"] = {
-                # What chance alone would give was not drawn again, and has no interval.
-                name: (value, math.nan, math.nan) if name == CALIBRATION_ERROR_BY_CHANCE else (value, low, high)
-                for name, (value, low, high) in table.items()
-            }
+            heading = f"{place}, where {share_to_show(scores.prevalence[label])} are {label}"
+            tables[heading] = {**scores.overall, **own} if are_two else dict(own)
     return tables
 
 
