@@ -46,7 +46,9 @@ def load_model(options):
 
 
 def read_dataset(options, split):
-    return catalog_to_dataset(read_catalog(options, split), label_column="label", label_names=CLASS_NAMES)
+    # Rows that repeat an image are the same galaxy; a dataset takes no image under two names.
+    catalog = read_catalog(options, split).assign(id_str=lambda rows: rows["file_loc"])
+    return catalog_to_dataset(catalog, label_column="label", label_names=CLASS_NAMES)
 
 
 def common_arguments(options):
