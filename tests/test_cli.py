@@ -288,6 +288,22 @@ def test_more_labels_than_there_are_refused(galaxy_folder, encoder_folder, tmp_p
     assert "numbers start at 50, and outside the test set there are 16 galaxies" in line
 
 
+def test_classes_give_a_model_for_another_problem_a_new_head(galaxy_folder, model_folder, tmp_path, zoobot_hf, caplog):
+    several = "multi_label_classification"
+    model = ZoobotForImageClassification.from_pretrained(model_folder, problem_type=several)
+    shutil.copytree(model_folder, tmp_path / "encoder")
+    model.bfloat16().save_pretrained(tmp_path / "encoder")
+    assert zoobot_hf(*finetune_options(galaxy_folder, tmp_path / "encoder", tmp_path / "out")).status == 0
+    loaded = ZoobotForImageClassification.from_pretrained(tmp_path / "out", dtype="auto")
+    assert (loaded.config.problem_type, loaded.dtype) == ("single_label_classification", torch.float32)
+    options = ["--encoder", tmp_path / "encoder", "--dataset", galaxy_folder, "--label_column", "ring"]
+    options += ["--numbers", 2, 4, "--seeds", 2, "--skip_untrained", "--output_dir", tmp_path / "curve"]
+    caplog.set_level("INFO")
+    caplog.clear()
+    assert zoobot_hf("curve", *options).status == 0
+    assert "head is new, to be trained: not ring, ring" in caplog.text
+
+
 def test_other_labels_give_a_finetuned_model_a_new_head(galaxy_folder, model_folder, tmp_path, zoobot_hf, caplog):
     caplog.set_level("INFO")
     edit_catalog(galaxy_folder, lambda table: table.assign(shape=["arc", "bar", "clump", "disk"] * 10))

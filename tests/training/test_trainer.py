@@ -492,6 +492,14 @@ def test_other_labels_are_refused_by_name(layer_norm_model, galaxies, processor,
         )
 
 
+def test_classes_are_refused_by_a_model_for_another_problem(layer_norm_model, galaxies, processor, tmp_path):
+    layer_norm_model.config.problem_type = "regression"
+    with pytest.raises(ValueError, match=r"problem_type is 'regression'; load it with problem_type='single_label_"):
+        FrozenStageTrainer(
+            layer_norm_model, frozen_arguments(tmp_path), processing_class=processor, train_dataset=galaxies
+        )
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

@@ -43,7 +43,9 @@ def run(options: argparse.Namespace) -> int:
     dataset = load_dataset(options)
     features = (next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset).features
     processor = load_processor(options.encoder, options)
-    model = ZoobotForImageClassification.from_pretrained(options.encoder, label_names=features["label"].names)
+    model = ZoobotForImageClassification.from_pretrained(
+        options.encoder, label_names=features["label"].names, problem_type="single_label_classification"
+    )
     curve = measure_label_curve(
         model.to(device),
         processor,

@@ -221,8 +221,12 @@ def _load_model(
             options.encoder, decision_tree=tree.to_dict(), head_type=options.head_type
         )
     split = next(iter(galaxies.values())) if isinstance(galaxies, DatasetDict) else galaxies
-    names = split.features["label"].names
-    return ZoobotForImageClassification.from_pretrained(options.encoder, label_names=names, head_type=options.head_type)
+    return ZoobotForImageClassification.from_pretrained(
+        options.encoder,
+        label_names=split.features["label"].names,
+        problem_type="single_label_classification",
+        head_type=options.head_type,
+    )
 
 
 def _cross_validate(

@@ -652,8 +652,8 @@ def check_labels(dataset: Dataset, model: ModelWithHead) -> None:
 
     Raises:
         ValueError: It is a stream; there is no `label`, or its names, or its vote columns, are others than the model's;
-            labels are no numbers, or a class is missing or none of the model's; votes are negative or fractional, or
-            there are none.
+            it has classes and the model another problem; labels are no numbers, or a class is missing or none of the
+            model's; votes are negative or fractional, or there are none.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
@@ -677,6 +677,11 @@ def check_labels(dataset: Dataset, model: ModelWithHead) -> None:
         raise ValueError(
             f"the dataset has the labels {', '.join(feature.names)}; the model {', '.join(model.config.label_names)}; "
             "give the model a new head with label_names=dataset.features['label'].names in from_pretrained."
+        )
+    if isinstance(feature, ClassLabel) and model.config.problem_type != "single_label_classification":
+        raise ValueError(
+            f"the dataset's labels are classes, and the model's problem_type is {model.config.problem_type!r}; load it "
+            "with problem_type='single_label_classification' in from_pretrained."
         )
     _read_numbers(dataset, model)
 
