@@ -1,6 +1,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
@@ -29,7 +30,10 @@ STAGES = (
         hyperparameters={"epochs": 20},
         metrics={"accuracy": 0.65, "completeness": 0.6, "confusion": [[3, 1], [1, 1]]},
     ),
-    StageFacts(name="unfrozen", metrics={"accuracy": 0.76, "completeness": 0.7, "roc_auc": float("nan")}),
+    StageFacts(
+        name="unfrozen",
+        metrics={"accuracy": np.float64(0.76), "completeness": np.float32(0.5), "roc_auc": float("nan")},
+    ),
 )
 EVERYTHING = LEAST | {
     "stages": STAGES,
@@ -77,7 +81,7 @@ def test_the_metadata_hold_the_numbers_of_the_kept_stage():
     results = ModelCard(render(**EVERYTHING)).data.eval_results
     assert [(result.metric_type, result.metric_name, result.metric_value) for result in results] == [
         ("accuracy", "accuracy", 0.76),
-        ("recall", "completeness", 0.7),
+        ("recall", "completeness", 0.5),
     ]
     assert {(result.dataset_type, result.dataset_split) for result in results} == {("galaxies/rings", "test")}
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_FLOOR, Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -296,7 +297,8 @@ def _evaluation_results(facts: ModelCardFacts) -> list[EvalResult]:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)}
+    # As Python's own: YAML has no numbers of NumPy's.
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, Real) and math.isfinite(value)}
 
 
 def _name_to_show(name: str, hub_id: str | None) -> str:
