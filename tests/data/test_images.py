@@ -24,6 +24,7 @@ from zoobot_hf.data.images import (
     read_in_turns,
 )
 
+NO_AVIF = ".avif" not in Image.registered_extensions()
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
 
@@ -218,7 +219,13 @@ def test_a_raised_limit_is_respected(monkeypatch, galaxy, tmp_path):
     assert open_image(saved(galaxy, tmp_path / "galaxy.png")).size == galaxy.size
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "bmp", "webp", "avif"])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        *("png", "jpg", "gif", "tif", "bmp", "webp"),
+        pytest.param("avif", marks=pytest.mark.skipif(NO_AVIF, reason="Pillow writes AVIF from 11.3 on")),
+    ],
+)
 def test_damage_anywhere_is_an_image_or_the_one_error(suffix, galaxy, tmp_path):
     intact = saved(galaxy, tmp_path / f"galaxy.{suffix}").read_bytes()
     generator = np.random.default_rng(0)
