@@ -3,6 +3,7 @@ from functools import partial
 import numpy as np
 import pytest
 from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, log_loss, precision_score, roc_auc_score
 
 from zoobot_hf import ZoobotConfig, choose_threshold
@@ -60,6 +61,42 @@ def test_the_temperature_is_found_and_probabilities_are_for_the_sky(balanced):
     np.testing.assert_allclose(judgement.probabilities, expected, atol=1e-5)
     assert judgement.fields["predictions_for"] == "sky"
     assert balanced.predictions_for == "training"  # nothing happens to the configuration itself
+
+
+def test_smoothed_labels_leave_a_rare_label_as_common_as_it_is():
+    generator = np.random.default_rng(0)
+
+    def draw_rare(count):
+        labels = (generator.random(count) < 0.1).astype(int)
+        return generator.normal(3 * labels, 1), labels
+
+    values, labels = draw_rare(20000)
+    smoothed = 0.8 * labels + 0.1
+    # A head at the end of its training: the logistic regression of lowest loss.
+    fitted = LogisticRegression(C=np.inf).fit(
+        np.tile(values, 2)[:, None], np.repeat([1, 0], 20000), sample_weight=np.append(smoothed, 1 - smoothed)
+    )
+
+    def logits_of(values):
+        odds = fitted.decision_function(values[:, None]) / 2
+        return np.stack([-odds, odds], axis=1)
+
+    config = config_of(
+        label_smoothing=0.2,
+        training_prevalence={"not ring": 0.9, "ring": 0.1},
+        sky_prevalence={"not ring": 0.97, "ring": 0.03},
+    )
+    validation, test = draw_rare(4000), draw_rare(20000)
+    judgement = judge(
+        config,
+        validation_logits=logits_of(validation[0]),
+        validation_labels=validation[1],
+        test_logits=logits_of(test[0]),
+        test_labels=test[1],
+    )
+    assert judgement.probabilities_as_labelled[:, 1].mean() == pytest.approx(test[1].mean(), rel=0.05)
+    in_sky = np.where(test[1], 0.03 / 0.1, 0.97 / 0.9)
+    assert np.average(judgement.probabilities[:, 1], weights=in_sky) == pytest.approx(0.03, rel=0.05)
 
 
 def test_the_threshold_is_measured_out_of_fold_on_galaxies_that_did_not_choose_it(balanced):

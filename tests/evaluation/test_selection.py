@@ -87,6 +87,8 @@ def test_galaxies_of_one_kind_are_refused():
         choose_threshold([0.1, 0.9], [1, 1], aim="f1")
     with pytest.raises(ValueError, match="0 galaxies are with the label and 2 without"):
         measure_selection([0.1, 0.9], [0, 0], threshold=0.5)
+    with pytest.raises(ValueError, match="0 galaxies are with the label and 2 without"):
+        choose_threshold([0.1, 0.9], [0, 0], aim="f1", prevalence=[0.3, 0.7], classes=[0, 1])
     with pytest.raises(ValueError, match=r"prevalence is 1\.0; give the share of galaxies with the label"):
         measure_selection([0.1, 0.9], [0, 1], threshold=0.5, prevalence=1.0)
 

@@ -369,6 +369,9 @@ def test_a_damaged_file_of_several_is_refused(ending, layer_norm_model, tmp_path
     with pytest.raises(ValueError, match=rf"the model's weights, {damaged.name}, are damaged"):
         ZoobotModel.from_pretrained(tmp_path)
     assert "code from a checkpoint" not in capsys.readouterr().out
+    damaged.unlink()
+    with pytest.raises(ValueError, match=rf"the model's weights, {damaged.name}, are missing; copy or download them"):
+        ZoobotModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04" + b"\0" * 40])

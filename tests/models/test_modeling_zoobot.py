@@ -520,6 +520,8 @@ def test_another_problem_head_type_or_pooling_replaces_the_head(asked_for, finet
     assert not torch.equal(loaded.head[-1].weight[:, :1], layer_norm_model.head[-1].weight[:, :1])
     assert {getattr(loaded.config, name) for name in asked_for} == set(asked_for.values())
     assert loaded.config.label_names == ["not ring", "ring"]
+    assert loaded.config.unit_interval is ("problem_type" not in asked_for)
+    assert loaded.config.label_smoothing == (0 if "problem_type" in asked_for else 0.1)
 
 
 def test_a_configuration_that_leaves_the_pooling_open_keeps_the_head(vit_model, tmp_path):

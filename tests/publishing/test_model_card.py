@@ -277,7 +277,7 @@ def test_a_card_says_where_its_intervals_are_from(problem_type, said):
     stage = StageFacts(name="frozen", scores={"labelled": scores})
     text = render(problem_type=problem_type, stages=[stage])
     assert f"90% intervals, from drawing the galaxies again; those of {said} threshold selects are from post" in text
-    assert f"There is none where a class has fewer than {SMALLEST_CLASS} galaxies" in text
+    assert f"Of the drawn ones there is none where a class has fewer than {SMALLEST_CLASS} galaxies" in text
     assert "| roc auc | 0.800 (0.700 to 0.900) |\n| average precision | 0.600 |" in text
 
 

@@ -492,6 +492,18 @@ def test_other_labels_are_refused_by_name(layer_norm_model, galaxies, processor,
         )
 
 
+@pytest.mark.parametrize("embedding_cache", [True, False])
+def test_labels_of_another_shape_are_refused_before_the_encoder_runs(
+    embedding_cache, layer_norm_model, galaxies, processor, tmp_path
+):
+    layer_norm_model.config.problem_type = "multi_label_classification"
+    flat = galaxies.remove_columns("label").add_column("label", [0.0, 1.0] * 20)
+    arguments = frozen_arguments(tmp_path, embedding_cache=embedding_cache)
+    with pytest.raises(ValueError, match=r"labels have the shape \(24,\) and the model's outputs \(24, 2\)"):
+        train(FrozenStageTrainer, layer_norm_model, arguments, flat, processor)
+    assert not list((tmp_path / "embeddings").glob("*"))
+
+
 def test_classes_are_refused_by_a_model_for_another_problem(layer_norm_model, galaxies, processor, tmp_path):
     layer_norm_model.config.problem_type = "regression"
     with pytest.raises(ValueError, match=r"problem_type is 'regression'; load it with problem_type='single_label_"):

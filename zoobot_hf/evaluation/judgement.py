@@ -145,9 +145,7 @@ class _Judge:
             consequence = f"The probabilities are not calibrated, and no threshold selects {', '.join(lacking)}"
             self.remark(consequence, whose="validation galaxies")
         else:
-            calibration = fit_calibration(
-                logits, labels, problem_type=self.config.problem_type, training_prevalence=self.assumed
-            )
+            calibration = calibrate_head(logits, labels, self.config)
             for name, value in calibration.config_fields().items():
                 setattr(self.config, name, value)
         if self.assumed is not None and self.config.sky_prevalence is not None:
@@ -299,6 +297,29 @@ def sky_of_label(labels: npt.ArrayLike, number: int, config: ZoobotConfig) -> di
     if config.problem_type == SINGLE_LABEL and len(shares) > 2:
         return {"prevalence": shares, "classes": labels}
     return {"prevalence": shares[number]}
+
+
+def calibrate_head(logits: npt.ArrayLike, labels: npt.ArrayLike, config: ZoobotConfig) -> Calibration:
+    """The calibration of a trained head: a temperature, and a shift too where its labels were smoothed.
+
+    What smoothing does is no matter of scale alone. Of drawn galaxies with 10% rings, an ROC AUC of 0.92 and a
+    smoothing of 0.2 the mean probability of a ring is 0.08 with a temperature and 0.10 with a shift as well.
+
+    Args:
+        logits: The head's own of validation galaxies, (m, labels), before softmax.
+        labels: Class numbers (m,), or 0, 1 and NaN where it is not known (m, labels).
+        config: The model's configuration.
+
+    Raises:
+        ValueError: As `fit_calibration`.
+    """
+    return fit_calibration(
+        logits,
+        labels,
+        problem_type=str(config.problem_type),
+        method="bias_corrected" if config.label_smoothing else "temperature",
+        training_prevalence=None if config.training_prevalence is None else effective_training_prevalence(config),
+    )
 
 
 def prevalence_of(labels: npt.ArrayLike, problem_type: str, *, count: int) -> list[float]:

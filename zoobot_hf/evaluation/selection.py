@@ -222,9 +222,7 @@ def measure_selection(
     """
     check_confidence(confidence)
     given, truth, _ = checked_galaxies(probability, has_label, None)
-    with_label, without = int(truth.sum()), int(len(truth) - truth.sum())
-    if with_label == 0 or without == 0:
-        raise ValueError(f"{with_label} galaxies are with the label and {without} without; give some of both kinds.")
+    with_label, without = _count_both_kinds(truth)
     weighted = weigh_galaxies(truth, prevalence=prevalence, classes=classes)
     share, is_selected, lacks_label = weighted.share, given >= threshold, truth == 0
     hits, generator = int(truth[is_selected].sum()), np.random.default_rng(0)
@@ -266,11 +264,13 @@ def weigh_galaxies(
         classes: As in `choose_threshold`.
 
     Raises:
-        ValueError: A share out of range, shares that are not for these classes, or a label that is not one of them.
+        ValueError: A share out of range, shares that are not for these classes, a label that is not one of them, or
+            with a prevalence galaxies that all have it, or none.
     """
     truth = np.asarray(has_label) == 1
     if prevalence is None:
         return WeightedGalaxies(float(truth.mean()), np.ones(len(truth)), truth.astype(np.int64))
+    _count_both_kinds(truth)
     shares = np.asarray(prevalence, dtype=np.float64)
     if shares.ndim != (classes is not None) or not ((shares > 0) & (shares < 1)).all():
         raise ValueError(
@@ -288,6 +288,13 @@ def weigh_galaxies(
             )
     weights = class_weights_for(numbers, shares.tolist())
     return WeightedGalaxies(float(shares[numbers[truth.argmax()]] / shares.sum()), weights, numbers)
+
+
+def _count_both_kinds(truth: npt.NDArray[Any]) -> tuple[int, int]:
+    with_label, without = int(truth.sum()), int(len(truth) - truth.sum())
+    if with_label == 0 or without == 0:
+        raise ValueError(f"{with_label} galaxies are with the label and {without} without; give some of both kinds.")
+    return with_label, without
 
 
 def completeness_by_column(

@@ -25,8 +25,6 @@ HEAD_FIELDS = ("id2label", "problem_type", "head_type", "pooling")
 FOUND_FIELDS = ("pooling", "embedding_size")
 # What is known of an old head's classes, values and training says nothing about a new head.
 FIELDS_OF_OLD_HEAD = {
-    "unit_interval": False,
-    "label_smoothing": 0.0,
     "class_weights": None,
     "sky_prevalence": None,
     "training_prevalence": None,
@@ -36,6 +34,8 @@ FIELDS_OF_OLD_HEAD = {
     "decision_threshold": None,
     "decision_aim": None,
 }
+# Choices that other labels make anew.
+FIELDS_OF_OLD_LABELS = {"unit_interval": False, "label_smoothing": 0.0}
 
 
 @dataclass
@@ -117,7 +117,9 @@ class Checkpoint:
         saved = self.saved_config
         settings = (self.given_config or saved).to_dict()
         if self.asks_for_new_head():
-            old = dict(FIELDS_OF_OLD_HEAD)
+            old: dict[str, Any] = dict(FIELDS_OF_OLD_HEAD)
+            if self.given_config is None and self._asks_for_other("id2label", "problem_type"):
+                old |= FIELDS_OF_OLD_LABELS
             if saved.architectures != ["ZoobotModel"]:
                 # Training goes on from this repository's encoder, whatever that one started from.
                 old["encoder_name"] = self.repository

@@ -301,7 +301,7 @@ def read_weight_shapes(folder: Path) -> dict[str, Shape] | None:
         folder: A local copy of a repository.
 
     Raises:
-        ValueError: The weights are damaged, or there are other objects among them.
+        ValueError: The weights are damaged, some are missing, or there are other objects among them.
     """
     for stem, ending, read in (
         ("model", ".safetensors", _read_safetensors_shapes),
@@ -309,6 +309,14 @@ def read_weight_shapes(folder: Path) -> dict[str, Shape] | None:
     ):
         single = folder / f"{stem}{ending}"
         paths = [single] if single.is_file() else sorted(folder.glob(f"{stem}-*-of-*{ending}"))
+        index = folder / f"{stem}{ending}.index.json"
+        if not single.is_file() and index.is_file():
+            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            missing = [path.name for path in paths if not path.is_file()]
+            if missing:
+                raise ValueError(
+                    f"the model's weights, {', '.join(missing)}, are missing; copy or download them again."
+                )
         if paths:
             return {name: shape for path in paths for name, shape in read(path).items()}
     return None

@@ -113,17 +113,12 @@ def head_loss(logits: Tensor, labels: Tensor, config: ZoobotConfig, *, training:
     logits = logits.float()
     weights = None if config.class_weights is None else logits.new_tensor(config.class_weights)
     smoothing = config.label_smoothing if training else 0.0
+    _check_labels(labels, config, outputs=tuple(logits.shape))
     if config.problem_type == "single_label_classification":
-        _check_class_indices(labels, config)
         if weights is not None and not weights[labels.long()].any():
             # Classes of weight 0 alone have no loss rather than a NaN one.
             return logits.sum() * 0
         return functional.cross_entropy(logits, labels.long(), weight=weights, label_smoothing=smoothing)
-    if labels.shape != logits.shape:
-        raise ValueError(
-            f"labels have the shape {tuple(labels.shape)} and the model's outputs {tuple(logits.shape)}; give each "
-            "galaxy a value for each output, NaN where it is unknown."
-        )
     known = ~torch.isnan(labels)
     targets = torch.where(known, labels, 0).float()
     if config.problem_type == "multi_label_classification":
@@ -154,6 +149,16 @@ def loss_weight(labels: Tensor, config: ZoobotConfig) -> Tensor:
     if config.problem_type == "single_label_classification" and config.class_weights is not None:
         return torch.tensor(config.class_weights, device=labels.device)[labels.long()].sum()
     return torch.tensor(float(len(labels)), device=labels.device)
+
+
+def _check_labels(labels: Tensor, config: ZoobotConfig, *, outputs: tuple[int, ...]) -> None:
+    if config.problem_type == "single_label_classification":
+        _check_class_indices(labels, config)
+    elif labels.shape != outputs:
+        raise ValueError(
+            f"labels have the shape {tuple(labels.shape)} and the model's outputs {outputs}; give each galaxy a value "
+            "for each output, NaN where it is unknown."
+        )
 
 
 def _check_class_indices(labels: Tensor, config: ZoobotConfig) -> None:
@@ -313,9 +318,9 @@ def probabilities_from_logits(logits: Tensor, config: ZoobotConfig, *, prevalenc
 def effective_training_prevalence(config: ZoobotConfig) -> list[float]:
     """The share of each label that a model's head believes in, in the order of the labels.
 
-    It is the mean of the probabilities with which the training loss is lowest. For a single label a class weight counts
-    like that many galaxies. Of several labels each has its own loss, and its weight changes nothing. Label smoothing
-    takes a part of each share and deals it out evenly.
+    For a single label a class weight counts like that many galaxies. Of several labels each has its own loss, and its
+    weight changes nothing. Label smoothing is none of it: it draws all probabilities to the middle, by as much as the
+    images tell of each galaxy, and a calibration takes it back.
 
     Args:
         config: The model's configuration, with `training_prevalence`.
@@ -323,7 +328,7 @@ def effective_training_prevalence(config: ZoobotConfig) -> list[float]:
     Raises:
         ValueError: The configuration has no training prevalence, or not one for each label.
     """
-    return _shares_in_loss(torch.tensor(_shares_by_label(config, "training_prevalence"), dtype=torch.float64), config)
+    return _weighted_shares(_shares_by_label(config, "training_prevalence"), config)
 
 
 def set_initial_bias(head: nn.Sequential, labels: Tensor, config: ZoobotConfig) -> None:
@@ -337,40 +342,41 @@ def set_initial_bias(head: nn.Sequential, labels: Tensor, config: ZoobotConfig) 
     Args:
         head: From `build_head`; its last layer is changed where its weights are all 0.
         labels: Of all training galaxies, as in `head_loss`.
-        config: The configuration that the head was built from.
+        config: The configuration that the head was built from; not one for votes.
+
+    Raises:
+        ValueError: As `head_loss`.
     """
+    _check_labels(labels, config, outputs=(len(labels), config.num_labels))
     last = head[-1]
     assert isinstance(last, nn.Linear)
-    if last.weight.any() or config.decision_tree is not None:
-        return
-    with torch.no_grad():
-        last.bias.copy_(_best_constant(labels, config))
+    if not last.weight.any():
+        with torch.no_grad():
+            last.bias.copy_(_best_constant(labels, config))
 
 
 def _best_constant(labels: Tensor, config: ZoobotConfig) -> Tensor:
     """The logits, the same for all galaxies, of lowest training loss; finite for a label that none has."""
+    smoothing = config.label_smoothing
     if config.problem_type == "single_label_classification":
-        counts = torch.bincount(labels.long(), minlength=config.num_labels)
-        shares = _shares_in_loss(counts.double() / len(labels), config)
-        logarithms = torch.tensor(shares).clamp(min=0.5 / len(labels)).log()
+        shares = torch.bincount(labels.long(), minlength=config.num_labels).double() / len(labels)
+        smoothed = shares * (1 - smoothing) + smoothing / config.num_labels
+        weighted = torch.tensor(_weighted_shares(smoothed.tolist(), config))
+        logarithms = weighted.clamp(min=0.5 / len(labels)).log()
         return logarithms - logarithms.mean()
     known = (~labels.isnan()).sum(0)
     means = torch.where(known > 0, labels.double().nansum(0) / known, 0.5)
     if config.problem_type == "regression":
         return means.logit(SMALLEST_MEAN) if config.unit_interval else torch.where(known > 0, means, 0.0)
     smallest = 0.5 / known.clamp(min=1)
-    return torch.tensor(_shares_in_loss(means, config)).clamp(smallest, 1 - smallest).logit()
+    return (means * (1 - smoothing) + smoothing / 2).clamp(smallest, 1 - smallest).logit()
 
 
-def _shares_in_loss(shares: Tensor, config: ZoobotConfig) -> list[float]:
-    """The shares of the labels in the training loss, of galaxies that have them in these shares."""
-    is_single = config.problem_type == "single_label_classification"
-    smoothing = config.label_smoothing
-    smoothed = shares * (1 - smoothing) + smoothing / (config.num_labels if is_single else 2)
-    if not is_single or config.class_weights is None:
-        return list(smoothed.tolist())
-    weighted = smoothed * torch.tensor(config.class_weights, dtype=torch.float64)
-    return list((weighted / weighted.sum() if weighted.any() else weighted).tolist())
+def _weighted_shares(shares: list[float], config: ZoobotConfig) -> list[float]:
+    if config.class_weights is None or config.problem_type != "single_label_classification":
+        return shares
+    weighted = [share * weight for share, weight in zip(shares, config.class_weights, strict=True)]
+    return [share / sum(weighted) for share in weighted] if sum(weighted) else weighted
 
 
 def _shift_to_sky(config: ZoobotConfig) -> list[float]:

@@ -378,9 +378,9 @@ class FrozenStageTrainer(_StageTrainer):
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
         """
-        labels = None if self.train_dataset is None else read_labels(self.train_dataset, self.whole_model)
-        if labels is not None:
-            set_initial_bias(self.whole_model.head, labels, self.whole_model.config)
+        model = self.whole_model
+        if self.train_dataset is not None and model.config.decision_tree is None:
+            set_initial_bias(model.head, torch.from_numpy(_read_numbers(self.train_dataset, model)), model.config)
         if not self.args.embedding_cache:
             return super().train(*args, **kwargs)
         embeddings = self._embeddings(self.train_dataset, views=self._views())
