@@ -127,6 +127,18 @@ def test_a_card_with_every_fact_has_every_section():
     assert "nan" not in text
 
 
+@pytest.mark.parametrize(
+    ("calibration", "said"),
+    [
+        ({"temperature": 1.5}, "a temperature of 1.500, fitted"),
+        ({"temperature": 1.5, "shift": [0.25, -0.25]}, "a temperature of 1.500 and adds 0.250, -0.250, fitted"),
+        ({"temperature": [1.5, 2.0]}, "a temperature of 1.500, 2.000, fitted"),
+    ],
+)
+def test_a_card_says_how_the_logits_are_calibrated(calibration, said):
+    assert f"The model divides its logits by {said} on the validation split." in render(**calibration)
+
+
 def test_scores_out_of_fold_are_not_called_those_of_a_test_split():
     facts = OutOfFoldFacts(
         folds=5, galaxies=470, metrics={"accuracy": 0.8}, scores={"labelled": {"accuracy": (0.8, 0.7, 0.9)}}

@@ -91,6 +91,7 @@ class ModelCardFacts:
             are on them.
         confidence: Of the intervals of scores and selections, 0-1.
         temperature: What the model divides its logits by, one number or one for each label; None for nothing.
+        shift: What it adds to them after that, one number for each label; None for nothing.
         predictions_for: "sky" or "training": whose prevalence the probabilities are for; None says nothing about it.
         selections: By label, what its threshold selects of the test galaxies: `threshold`, `prevalence` and `aim`, and
             value, low and high of `completeness`, `purity` and `f1`.
@@ -131,6 +132,7 @@ class ModelCardFacts:
     questions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     confidence: float = 0.9
     temperature: float | Sequence[float] | None = None
+    shift: Sequence[float] | None = None
     predictions_for: str | None = None
     selections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
@@ -187,7 +189,8 @@ def render_model_card(facts: ModelCardFacts) -> str:
         scored=scored,
         metrics=list(dict.fromkeys(name for each in scored.values() for name in _numbers(each.metrics))),
         populations=_populations(list(measured.values())),
-        temperature=_temperature_to_show(facts.temperature),
+        temperature=_numbers_to_show(facts.temperature),
+        shift=_numbers_to_show(facts.shift),
         test_count=sum(facts.counts.get("test", {}).values()),
         counted=_counted_labels(facts),
         prevalences=_prevalences(facts),
@@ -356,10 +359,10 @@ def _counted_labels(facts: ModelCardFacts) -> list[str]:
     return labels if len(labels) > 1 else []
 
 
-def _temperature_to_show(temperature: float | Sequence[float] | None) -> str | None:
-    if temperature is None:
+def _numbers_to_show(numbers: float | Sequence[float] | None) -> str | None:
+    if numbers is None:
         return None
-    return f"{temperature:.3f}" if isinstance(temperature, int | float) else ", ".join(f"{t:.3f}" for t in temperature)
+    return f"{numbers:.3f}" if isinstance(numbers, int | float) else ", ".join(f"{number:.3f}" for number in numbers)
 
 
 def _estimate_to_show(estimate: Any) -> str:

@@ -157,6 +157,7 @@ def write_run(
         ),
         confidence=CONFIDENCE,
         temperature=config.calibration_temperature if judgement else None,
+        shift=config.calibration_shift if judgement else None,
         predictions_for=config.predictions_for if judgement else None,
         selections={name: _selection_facts(selection) for name, selection in judgement.selections.items()}
         if judgement
