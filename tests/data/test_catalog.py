@@ -287,6 +287,22 @@ def test_a_folder_with_a_catalog_is_that_catalog(name, folder, table):
     assert list(read_galaxies(folder / name)["id_str"]) == NAMES
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["catalog.csv", "CATALOG.csv"],
+        ["catalog.parquet", "Catalog.csv", "catalog.csv.gz"],
+        ["Catalog.Parquet", "catalog.csv.gz"],
+        ["catalog.fits.gz", "catalog.parquet.gz"],
+    ],
+)
+def test_of_several_catalogs_the_first_is_taken(names, tmp_path):
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "catalog.xml").mkdir()
+    assert find_catalog(tmp_path) == tmp_path / names[0]
+
+
 def test_a_folder_without_a_catalog_is_its_images(folder):
     assert list(read_galaxies(folder)["id_str"]) == ["0", "1", "2"]
 

@@ -185,13 +185,14 @@ def find_catalog(folder: Path) -> Path | None:
         folder: Where to look; not below it.
 
     Returns:
-        The first of `catalog.csv`, `catalog.parquet`, `catalog.fits` and so on, in the order of `CATALOG_FORMATS`, in
-        any case, and perhaps with `.gz` after it.
+        The first of `catalog.csv`, `catalog.parquet`, `catalog.fits` and so on, in the order of `CATALOG_FORMATS`;
+        where there is none, one in any case, and after those one with `.gz`, which Parquet can't have.
     """
-    # Backwards, so that the one without .gz stays where both are there.
-    found = {_without_gz(name): folder / name for name in sorted(os.listdir(folder), reverse=True)}
-    candidates = (found[f"catalog{suffix}"] for suffix in CATALOG_FORMATS if f"catalog{suffix}" in found)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    plain = [f"catalog{suffix}" for suffix in CATALOG_FORMATS]
+    known = [*plain, *(f"{name}.gz" for name in plain if name != "catalog.parquet")]
+    there = [name for name in sorted(os.listdir(folder)) if name.lower() in known and (folder / name).is_file()]
+    there.sort(key=lambda name: (name not in plain, known.index(name.lower())))
+    return folder / there[0] if there else None
 
 
 def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
@@ -283,9 +284,9 @@ def check_columns_fit(names: Iterable[str], *, path: str | Path) -> None:
 
 
 def check_columns(
-    names: Iterable[str], *, needed: Iterable[str], source: str, labels: Sequence[str | None] = ()
+    names: Iterable[str], *, needed: Sequence[str], source: str, labels: Sequence[str | None] = ()
 ) -> None:
-    """Nothing, if the columns that are needed are among those there are.
+    """Nothing, if the columns that are needed are among those there are, once each.
 
     Args:
         names: The columns there are.
@@ -294,9 +295,12 @@ def check_columns(
         labels: Which of them a label_column names; the message says so where one is missing.
 
     Raises:
-        CatalogError: One is missing.
+        CatalogError: One is missing, or there twice.
     """
     there = list(names)
+    twice = [name for name in needed if there.count(name) > 1]
+    if twice:
+        raise CatalogError(f"{source} has more than one column {quote(twice)}; keep one of each name.")
     missing = [name for name in needed if name not in there]
     if missing:
         advice = ", or say which it is: that of the labels is label_column" if set(missing) & set(labels) else ""
