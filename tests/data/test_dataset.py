@@ -83,7 +83,7 @@ def test_names_of_an_unchecked_table_are_read_as_text(tmp_path):
         ({"id_str": [1.237648720693756e18, 7.0]}, "the catalog has floating-point numbers in 'id_str'"),
         ({"id_str": ["a", None]}, "the catalog has no 'id_str' in 1 of 2 rows"),
         ({"file_loc": [None, "a.png"]}, "the catalog has no 'file_loc' in 1 of 2 rows"),
-        ({"file_loc": ["a.png", "a.png"]}, "the same 'file_loc' for 2 galaxies: 'g0', 'g1'; .* keep one row for each"),
+        ({"file_loc": ["a.png", "./a.png"]}, "the same 'file_loc' for 2 galaxies: 'g0', 'g1'; .* keep one row"),
     ],
 )
 def test_names_and_images_that_tell_no_galaxies_apart_are_refused(change, message, tmp_path):
@@ -215,6 +215,12 @@ def test_numbers_that_are_not_finite_are_named_with_their_galaxies(value, tmp_pa
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     with pytest.raises(CatalogError, match="no column 'ring', 'mag'; its columns are 'id_str', 'file_loc', 'bar'"):
         catalog_to_dataset(make_catalog(tmp_path, 1, bar=[1]), label_column="ring", keep_columns=["mag"])
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    catalog = make_catalog(tmp_path, 2, bar=[0, 1])
+    with pytest.raises(CatalogError, match="the catalog has more than one column 'bar'; keep one of each name"):
+        catalog_to_dataset(pd.concat([catalog, catalog[["bar"]]], axis=1), label_column="bar")
 
 
 @pytest.mark.parametrize("name", ["id_str", "file_loc", "label"])
@@ -535,6 +541,20 @@ def test_a_folder_in_the_layout_of_the_hub_is_loaded(tmp_path, monkeypatch):
         load_galaxy_dataset(tmp_path / "rings", **HUB_COLUMNS, configuration="classification")
 
 
+# On disk, where `datasets` keeps columns that are added apart from the others.
+@pytest.mark.parametrize("names", [{}, {"iauname": "id_str"}, {"iauname": "id_str", "picture": "image"}])
+def test_the_columns_of_a_hub_dataset_have_one_order(names, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    split = make_hub_split([0, 1]).add_column("mag", [17.0, 18.0]).rename_columns(names)
+    (tmp_path / "rings").mkdir()
+    split.to_parquet(tmp_path / "rings/train.parquet")
+    columns = {"id_column": names.get("iauname", "iauname"), "image_column": names.get("picture", "picture")}
+    unlabelled = load_galaxy_dataset(tmp_path / "rings", label_column=None, **columns)
+    labelled = load_galaxy_dataset(tmp_path / "rings", label_column="target", **columns, keep_columns=["mag"])
+    assert unlabelled["train"].column_names == ["id_str", "image"]
+    assert labelled["train"].column_names == list(labelled["train"].features) == ["id_str", "image", "mag", "label"]
+
+
 def test_a_configuration_of_the_hub_may_have_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "rings/small").mkdir(parents=True)
@@ -580,6 +600,23 @@ def test_a_copy_of_a_hub_dataset_may_have_a_picture_in_it(tmp_path):
     (tmp_path / "README.md").write_text(card)
     galaxies = load_galaxy_dataset(tmp_path, label_column="label", configuration="classification")
     assert galaxies["train"]["id_str"][:] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train-00000-of-00001.parquet"])
+def test_a_copy_of_a_hub_dataset_may_have_its_files_beside_a_picture(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    save_image(tmp_path / "rings/thumbnail.png")
+    make_hub_split([0, 1]).to_parquet(tmp_path / "rings" / name)
+    assert identifiers_of(load_galaxy_dataset(tmp_path / "rings", **HUB_COLUMNS)) == {"train": ["g0", "g1"]}
+
+
+@pytest.mark.parametrize("name", ["test", "Val", "dev", "eval"])
+def test_a_class_may_be_called_like_a_split(name, tmp_path):
+    save_image(tmp_path / "ring/1.png")
+    save_image(tmp_path / name / "2.png")
+    (tmp_path / "test-predictions.parquet").touch()
+    assert set(load_galaxy_dataset(tmp_path, label_column="class").features["label"].names) == {"ring", name}
+    assert load_galaxy_dataset(tmp_path, label_column=None).num_rows == 2
 
 
 def test_a_folder_of_splits_keeps_them(tmp_path):

@@ -6,6 +6,7 @@ FITS images take the column without decoding, `dataset.cast_column("image", data
 `open_image(row["image"]["path"])` to the image processor.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ _SPLIT_OF_FOLDER = {
 }
 # What catalogs of Galaxy Zoo add to the names of questions and of vote columns.
 _DERIVED_FROM_VOTES = ("_fraction", "_debiased", "_total-votes", "_90pc-lower", "_90pc-upper", "_proportion-asked")
+# As the Hub names the files of splits: train.parquet or train-00000-of-00001.parquet, but not test-predictions.parquet.
+_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLIT_OF_FOLDER)})(-\d.*)?\.parquet")
 HUB_IDENTIFIER = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -133,7 +136,7 @@ def load_galaxy_dataset(
             `catalog_to_dataset` refuse.
     """
     columns = _list_columns(label_column, problem_type=problem_type)
-    layout = _find_layout(source)
+    layout = find_layout(source)
     if layout == "galaxies":
         names_classes = columns and problem_type == "single_label_classification"
         return catalog_to_dataset(
@@ -157,6 +160,37 @@ def load_galaxy_dataset(
     if columns:
         splits = _add_labels_to_splits(splits, labels=labels, label_names=label_names, problem_type=problem_type)
     return datasets.DatasetDict(splits)
+
+
+def find_layout(source: str | Path) -> Literal["galaxies", "image splits", "hub"]:
+    """How a source of galaxies is laid out.
+
+    Args:
+        source: As in `load_galaxy_dataset`.
+
+    Returns:
+        "galaxies" for a catalog or a plain folder of images; "image splits" for a folder of images whose subfolders
+        are splits: one of them is `train`, or all are called like splits; "hub" for a Hub dataset, or a folder of
+        Parquet files as the Hub lays them out.
+
+    Raises:
+        CatalogError: There is nothing at `source`, and it can't be on the Hub.
+    """
+    path = Path(source)
+    if not path.exists():
+        if not HUB_IDENTIFIER.fullmatch(str(source)):
+            raise CatalogError(
+                f"source {str(source)!r} is neither a file or folder that is there nor the id of a Hub dataset, which "
+                "reads user/name; check the path."
+            )
+        return "hub"
+    if path.is_file() or find_catalog(path):
+        return "galaxies"
+    if _holds_hub_dataset(path):
+        return "hub"
+    splits = [_SPLIT_OF_FOLDER.get(name.lower()) for name in _list_subfolders(path)]
+    # A folder that is called test among those of classes is a class too.
+    return "image splits" if "train" in splits or (splits and all(splits)) else "galaxies"
 
 
 def votes_to_dataset(
@@ -213,7 +247,7 @@ def load_galaxy_votes(
         CatalogError: There is nothing at `source`; it is a folder of images, without votes; or what `read_galaxies` and
             `votes_to_dataset` refuse.
     """
-    layout = _find_layout(source)
+    layout = find_layout(source)
     if layout == "image splits" or (Path(source).is_dir() and layout == "galaxies" and not find_catalog(Path(source))):
         raise CatalogError(f"source {str(source)!r} is a folder of images without votes; add a catalog with them.")
     if layout == "galaxies":
@@ -313,24 +347,8 @@ def _list_columns(label_column: str | Sequence[str] | None, *, problem_type: Pro
     return columns
 
 
-def _find_layout(source: str | Path) -> Literal["galaxies", "image splits", "hub"]:
-    path = Path(source)
-    if not path.exists():
-        if not HUB_IDENTIFIER.fullmatch(str(source)):
-            raise CatalogError(
-                f"source {str(source)!r} is neither a file or folder that is there nor the id of a Hub dataset, which "
-                "reads user/name; check the path."
-            )
-        return "hub"
-    if path.is_file() or find_catalog(path):
-        return "galaxies"
-    if _holds_hub_dataset(path):
-        return "hub"
-    return "image splits" if any(name.lower() in _SPLIT_OF_FOLDER for name in _list_subfolders(path)) else "galaxies"
-
-
 def _holds_hub_dataset(folder: Path) -> bool:
-    if any(folder.glob("data/*.parquet")):
+    if any(folder.glob("data/*.parquet")) or any(_SPLIT_FILE.fullmatch(path.name) for path in folder.iterdir()):
         return True
     # Configurations have folders of their own, and are in the card. Among images a Parquet file is something else, such
     # as predictions.
@@ -405,12 +423,14 @@ def _rename_columns(
     else:
         names = read_names(split.select_columns([id_column]).to_pandas()[id_column], source=f"split {split_name!r}")
     dataset = split.select_columns([image_column, *keep_columns])
-    dataset = dataset.add_column("id_str", names, feature=datasets.Value("string"))
     if image_column != "image":
         dataset = dataset.rename_column(image_column, "image")
     if not isinstance(dataset.features["image"], datasets.Image):
         dataset = dataset.cast_column("image", datasets.Image())
-    return dataset.select_columns(["id_str", "image", *keep_columns])
+    features = datasets.Features(id_str=datasets.Value("string"))
+    # Not add_column and then select_columns, whose order is lost with the next column that is added.
+    named = datasets.Dataset.from_dict({"id_str": names}, features=features)
+    return datasets.concatenate_datasets([named, dataset], split=split.split, axis=1)
 
 
 def _add_labels_to_splits(
@@ -563,7 +583,8 @@ def _encode_numbers(identifiers: pd.Series, labels: pd.DataFrame, *, zero_or_one
 
 
 def _check_images_are_of_one_galaxy(names: pd.DataFrame) -> None:
-    pairs = names.drop_duplicates()
+    # The same path may be written in several ways.
+    pairs = names.assign(file_loc=names["file_loc"].map(os.path.normpath)).drop_duplicates()
     shared = pairs[pairs["file_loc"].duplicated(keep=False)].sort_values("file_loc", kind="stable")
     if len(shared):
         raise CatalogError(
