@@ -769,6 +769,12 @@ def test_a_value_that_finetune_can_not_use_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plain_folder_of_images_has_no_revision(shared_galaxy_folder, encoder_folder, tmp_path, refused):
+    images = shared_galaxy_folder / "images"
+    line = refused(*finetune_options(images, encoder_folder, tmp_path / "out", revision="main"))
+    assert line == f"zoobot-hf: revision is for a Hub dataset, and dataset is {images}; leave it out."
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -836,7 +842,8 @@ def test_an_unknown_or_abbreviated_option_is_refused_by_its_command(refused):
     for option in ("--over", "--rings"):
         line = refused("finetune", "--dataset=D", "--output_dir=O", option)
         assert line == f"zoobot-hf finetune: unrecognized arguments: {option}; see zoobot-hf finetune --help"
-    assert refused("--rings", "cache") == "zoobot-hf: unrecognized arguments: --rings; see zoobot-hf --help"
+    line = refused("--rings", "finetune", "--dataset=D", "--output_dir=O")
+    assert line == "zoobot-hf: unrecognized arguments: --rings; see zoobot-hf --help"
 
 
 def test_cuda_is_refused_where_there_is_none(shared_galaxy_folder, encoder_folder, tmp_path, refused, monkeypatch):
@@ -970,10 +977,16 @@ def test_a_survey_is_not_written_into_the_folder_of_a_model(galaxy_folder, model
     for arguments in (("predict", *images, model), ("embed", *images, model), ("predict", *stored, model)):
         assert "model is a folder that holds a model; choose another output" in refused(*arguments)
     assert contents(model) == contents(model_folder)
+    (tmp_path / "embedded/config.json").write_text("{}")  # the user's own
+    assert zoobot_hf("embed", *images, tmp_path / "embedded").status == 0
 
 
 def test_several_processes_do_not_write_one_table(galaxy_folder, model_folder, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("zoobot_hf.commands.predict.PartialState", lambda: ANOTHER_PROCESS)
+    # How many processes there are is known only once they are prepared.
+    state = "zoobot_hf.commands.predict.PartialState"
+    monkeypatch.setattr(
+        "zoobot_hf.commands.predict.prepare_processes", lambda: monkeypatch.setattr(state, lambda: ANOTHER_PROCESS)
+    )
     line = refused("predict", "--model", model_folder, "--images", galaxy_folder, "--output", tmp_path / "table.csv")
     assert "table.csv, one table, and several processes share a folder; choose one, from which zoobot-hf merge" in line
 
@@ -1076,9 +1089,10 @@ def test_of_several_processes_the_main_one_alone_logs(zoobot_hf, monkeypatch):
         logging.getLogger("zoobot_hf.data").warning("40 galaxies")
         raise ValueError("stopped")
 
-    monkeypatch.setattr("zoobot_hf.commands.predict.read_galaxies", warn_and_fail)
-    for rank, logged in (("0", "40 galaxies\n"), ("1", "")):
+    monkeypatch.setattr("zoobot_hf.commands.predict.prepare_processes", warn_and_fail)
+    for rank, processes, logged in (("0", "2", "40 galaxies\n"), ("1", "2", ""), ("7", "1", "40 galaxies\n")):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", processes)
         outcome = zoobot_hf(*PREDICT)
         # Another process may have an error that the main one hasn't.
         assert (outcome.output, outcome.complaints) == (logged, ["zoobot-hf: stopped"])

@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = _parser(arguments[0] if arguments else None).parse_args(arguments)
+        called = next((argument for argument in arguments if argument in COMMANDS), None)
+        options = _parser(called).parse_args(arguments)
     except KeyboardInterrupt:  # while PyTorch is imported, which takes seconds
         complain("interrupted")
         return INTERRUPTED
@@ -59,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _log_on_stdout() -> Iterator[None]:
     # The package's log alone: the libraries' loggers have handlers of their own, and would say everything twice.
     logger, handler = logging.getLogger(__package__), logging.StreamHandler(sys.stdout)
-    if os.environ.get("RANK", "0") != "0":  # a launcher's other processes say the same as the main one
+    # A launcher's other processes say the same as the main one. A rank alone may be left over from somewhere else.
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
         handler.setLevel(logging.ERROR)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -1,13 +1,11 @@
 """What several subcommands load: the device, the galaxies, the model, and the stages' arguments."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
 
-from ..data.catalog import find_catalog
-from ..data.dataset import load_galaxy_dataset, load_galaxy_votes
+from ..data.dataset import find_layout, load_galaxy_dataset, load_galaxy_votes
 from ..data.decision_tree import DecisionTree
 from ..data.rings import load_rings
 from ..data.volunteers import simulate_votes_dataset
@@ -53,12 +51,9 @@ def load_votes(options: argparse.Namespace, tree: DecisionTree) -> Dataset | Dat
 
 
 def _check_hub_options(options: argparse.Namespace) -> None:
-    path = Path(options.dataset)
-    # A folder without a catalog may be laid out like a Hub dataset, and then has configurations too.
-    if options.dataset == "simulated" or path.is_file() or (path.is_dir() and find_catalog(path)):
-        for name in ("configuration", "revision"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"{name} is for a Hub dataset, and dataset is {options.dataset}; leave it out.")
+    given = [name for name in ("configuration", "revision") if getattr(options, name) is not None]
+    if given and (options.dataset == "simulated" or find_layout(options.dataset) != "hub"):
+        raise ValueError(f"{given[0]} is for a Hub dataset, and dataset is {options.dataset}; leave it out.")
 
 
 def find_images(options: argparse.Namespace) -> Source:

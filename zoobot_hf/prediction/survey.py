@@ -13,7 +13,6 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import torch
-from transformers import CONFIG_NAME
 
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ModelWithHead
@@ -132,7 +131,7 @@ def check_output_holds_no_model(output: str | Path) -> None:
     Raises:
         SurveyError: It holds one.
     """
-    if (Path(output) / CONFIG_NAME).is_file():
+    if any(Path(output).glob("model*.safetensors")):  # one file of weights or several
         raise SurveyError(f"output {output} is a folder that holds a model; choose another output.")
 
 
