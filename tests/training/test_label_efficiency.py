@@ -172,12 +172,14 @@ def test_tables_figure_and_extrapolation_are_written(measure, tmp_path):
     value = facts["extrapolation"]["more_labels"]["value"]
     assert value == (curve.extrapolation.more.value if math.isfinite(curve.extrapolation.more.value) else None)
     assert facts["extrapolation"]["in_words"] == curve.extrapolation.describe()
+    write_label_curve(curve._replace(runs=curve.runs.head(3)), tmp_path / "out")
+    assert len(pd.read_csv(tmp_path / "out" / "label_curve_runs.csv")) == 3
+
+
+def test_an_output_that_holds_a_curve_or_is_a_file_is_refused_before_the_measurement(tmp_path):
+    (label_efficiency.make_curve_folder(tmp_path / "out") / "label_curve.json").touch()
     with pytest.raises(FileExistsError, match="out already holds a curve; choose another one, or delete the folder"):
-        write_label_curve(curve._replace(table=curve.table.head(3)), tmp_path / "out")
-    assert len(pd.read_csv(tmp_path / "out" / "label_curve.csv")) == len(table)
-
-
-def test_an_output_that_is_a_file_is_refused(tmp_path):
+        label_efficiency.make_curve_folder(tmp_path / "out")
     (tmp_path / "curve").write_text("My thesis")
     with pytest.raises(NotADirectoryError, match="curve, which is a file; choose a folder"):
         label_efficiency.make_curve_folder(tmp_path / "curve")

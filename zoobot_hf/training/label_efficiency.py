@@ -175,7 +175,7 @@ def summarise_runs(runs: pd.DataFrame, *, classes: int, seconds: dict[str, float
 
 
 def make_curve_folder(output_dir: str | Path) -> Path:
-    """The folder that a curve is written to, made where it isn't there.
+    """The folder for a new curve, made where it isn't there.
 
     Args:
         output_dir: The folder.
@@ -199,13 +199,10 @@ def write_label_curve(curve: LabelCurve, output_dir: str | Path) -> list[Path]:
     Args:
         curve: From `measure_label_curve`.
         output_dir: Made where it isn't there; gets `label_curve.csv`, `label_curve_runs.csv`, `label_curve.json`,
-            `label_curve.png` and `label_curve.pdf`.
-
-    Raises:
-        FileExistsError: It holds a curve.
-        NotADirectoryError: It is a file.
+            `label_curve.png` and `label_curve.pdf`, in place of those of an earlier curve.
     """
-    folder = make_curve_folder(output_dir)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     names = ("label_curve.csv", "label_curve_runs.csv", FACTS, "label_curve.png", "label_curve.pdf")
     paths = [folder / name for name in names]
     write_catalog(curve.table, paths[0])
