@@ -258,8 +258,11 @@ def test_balanced_folds_have_the_labels_own_prevalence_again(validate, few_rings
 def test_tables_scores_and_figures_are_written(validate, galaxies, processor, tmp_path):
     result = validate()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "roc_of_an_earlier_label.png").touch()
+    for name in ("roc_of_my_paper.pdf", "roc_earlier_label.png"):
+        (tmp_path / "out" / name).touch()
+    (tmp_path / "out" / "out_of_fold.json").write_text('{"figures": ["roc_earlier_label.png", "roc_gone.png"]}')
     paths = write_cross_validation(result, galaxies, tmp_path / "out", processor=processor)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"roc_of_my_paper.pdf", *(p.name for p in paths)}
     assert {path.name for path in paths} == {
         "out_of_fold.parquet",
         "out_of_fold.json",
@@ -275,6 +278,7 @@ def test_tables_scores_and_figures_are_written(validate, galaxies, processor, tm
     facts = json.loads((tmp_path / "out" / "out_of_fold.json").read_text())
     assert facts["accuracy"]["value"] == pytest.approx(result.accuracy.value)
     assert len(facts["folds"]) == 2
+    assert facts["figures"] == ["reliability.png", "reliability.pdf", "roc.png", "roc.pdf"]
     audit = pd.read_csv(tmp_path / "out" / "label_audit.csv", dtype={"id_str": str})
     assert audit["id_str"].tolist() == result.doubtful["id_str"].tolist()
 

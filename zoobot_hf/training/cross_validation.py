@@ -13,7 +13,6 @@ import copy
 import functools
 import json
 import logging
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -60,7 +59,6 @@ logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 5  # a fifth of what is not the test fold
 AUDITED = 24  # labels on the sheet
 OUT_OF_FOLD = "out_of_fold.parquet"
-FIGURE_OF_LABEL = re.compile(r"(reliability|roc)(_\w*)?\.(png|pdf)")
 
 Integers = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.floating[Any]]
@@ -224,25 +222,34 @@ def write_cross_validation(
         processor: Likewise.
         output_dir: Made where it isn't there; gets `out_of_fold.parquet`, `out_of_fold.json` (scores),
             `label_audit.csv`, `near_duplicates.csv`, and the figures `label_audit.png` (the 24 likeliest wrong labels),
-            `reliability.png` and `roc.png`.
+            `reliability.png` and `roc.png`, in place of those of an earlier result.
     """
     folder, galaxies = Path(output_dir), _join(dataset)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if FIGURE_OF_LABEL.fullmatch(path.name):
-            path.unlink()  # it may be of a label that this result doesn't have
-    write_catalog(result.table, folder / OUT_OF_FOLD)
-    write_catalog(result.doubtful, folder / "label_audit.csv")
-    write_catalog(result.duplicates, folder / "near_duplicates.csv")
+    names = (OUT_OF_FOLD, "out_of_fold.json", "label_audit.csv", "near_duplicates.csv", "label_audit.png")
+    table, scores, audit, duplicates, sheet = paths = [folder / name for name in names]
+    if scores.is_file():
+        for name in json.loads(scores.read_text()).get("figures", []):
+            (folder / name).unlink(missing_ok=True)  # it may be of a label that this result doesn't have
+    write_catalog(result.table, table)
+    write_catalog(result.doubtful, audit)
+    write_catalog(result.duplicates, duplicates)
+    plot_doubtful_labels(result.doubtful, galaxies, sheet, processor=processor)
+    figures = _draw_probabilities(result, galaxies, folder)
     facts = {
         "accuracy": result.accuracy._asdict(),
         "scores": result.scores.to_dict(),
         "sky_scores": result.sky_scores and result.sky_scores.to_dict(),
         "temperatures": result.temperatures,
         "folds": result.folds.to_dict("records"),
+        "figures": [path.name for path in figures],
     }
-    write_json(folder / "out_of_fold.json", facts)
-    plot_doubtful_labels(result.doubtful, galaxies, folder / "label_audit.png", processor=processor)
+    write_json(scores, facts)
+    return paths + figures
+
+
+def _draw_probabilities(result: CrossValidation, galaxies: Dataset, folder: Path) -> list[Path]:
+    """The figures of each scored label, as PNG and PDF."""
     names = galaxies.features["label"].names
     labels = result.table["label"]
     # The figures draw these galaxies as they are, so the probabilities have to be for them and not for the sky.
@@ -251,13 +258,16 @@ def write_cross_validation(
         assumed_prevalence=[result.sky_prevalence[name] for name in names],
         prevalence=[float((labels == name).mean()) for name in names],
     )
+    figures = []
     for number in scored_labels(len(names), SINGLE_LABEL):
         name = names[number]
         end = "" if len(names) == 2 else probability_columns(names)[number].removeprefix("probability")
         given = (here[:, number], labels == name)
-        plot_reliability(*given, folder / f"reliability{end}.png", label=name, population="Out of fold")
-        plot_roc_and_precision_recall(*given, folder / f"roc{end}.png", label=name)
-    return [path for path in sorted(folder.iterdir()) if path.is_file()]
+        reliability, ranking = folder / f"reliability{end}.png", folder / f"roc{end}.png"
+        plot_reliability(*given, reliability, label=name, population="Out of fold")
+        plot_roc_and_precision_recall(*given, ranking, label=name)
+        figures += [path.with_suffix(ending) for path in (reliability, ranking) for ending in (".png", ".pdf")]
+    return figures
 
 
 def split_for_final_model(result: CrossValidation, dataset: Dataset | DatasetDict) -> DatasetDict:
