@@ -1,6 +1,5 @@
 import copy
 import os
-import shutil
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from zoobot_hf.training.embedding_cache import (
     Views,
     clear_cache,
     compute_embeddings,
-    identify_images,
     list_cache,
     store_embeddings,
 )
@@ -126,19 +124,6 @@ def test_a_file_that_changed_is_another_image_even_of_the_same_size_or_time(key,
     path.write_bytes(path.read_bytes() + b"\0")
     os.utime(path, ns=(before, before))  # as a copy has it that keeps the times
     assert len({*keys, key(dataset=files)}) == 3
-
-
-def test_without_paths_a_copy_has_the_name_of_its_original(galaxy_folder, tmp_path):
-    original = galaxy_folder / "images/galaxy_00.png"
-    copied, later, longer = (shutil.copy(original, tmp_path / name) for name in ("copied", "later", "longer"))
-    longer.write_bytes(longer.read_bytes() + b"\0")
-    for path, nanoseconds in ((original, 10**18 + 5), (copied, 10**18), (later, 10**18 + 10**9), (longer, 10**18)):
-        os.utime(path, ns=(nanoseconds, nanoseconds))
-    paths = [str(path) for path in (original, copied, later, longer)]
-    files = Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
-    first, *others = identify_images(files, with_paths=False)
-    assert [name == first for name in others] == [True, False, False]
-    assert len(set(identify_images(files))) == 4
 
 
 @pytest.mark.parametrize(("name", "other"), [("version", lambda name: "0"), ("FORMAT", "0")])

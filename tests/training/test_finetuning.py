@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -234,6 +235,14 @@ def test_an_output_folder_that_holds_a_run_is_refused(run, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
+def test_finished_folds_without_their_checkpoints_may_be_overwritten(tmp_path):
+    (tmp_path / "out-folds").mkdir()
+    (tmp_path / "out-folds" / "out_of_fold.parquet").touch()
+    with pytest.raises(FileExistsError, match=r"out-folds holds a finished run whose checkpoints .*--overwrite"):
+        finetuning.check_output(tmp_path / "out-folds", resume=True)
+    finetuning.check_output(tmp_path / "out-folds", overwrite=True)
+
+
 def test_a_refused_choice_deletes_nothing_and_claims_no_folder(run, tmp_path):
     run("out", skip_unfrozen=True)
     before = {path: path.read_bytes() for path in tmp_path.glob("out*/**/*") if path.is_file()}
@@ -260,22 +269,26 @@ def test_overwrite_starts_anew(run, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["out", ".", "link"])
-def test_overwrite_deletes_what_runs_write_and_nothing_else(place, tmp_path, monkeypatch):
+def test_overwrite_deletes_what_runs_write_and_nothing_else(place, tmp_path, monkeypatch, caplog):
     folder = tmp_path / "out"
     (folder / "figures").mkdir(parents=True)
     (tmp_path / "disk").mkdir()
     (tmp_path / "out-checkpoints").symlink_to("disk")
     (tmp_path / "link").symlink_to("out")
     monkeypatch.chdir(folder if place == "." else tmp_path)
-    own = ["notes.txt", "figures/paper.png", "figures/roc.svg"]
+    own = ["notes.txt", "figures/paper.png", "figures/roc.svg", "onnx/model.onnx"]
+    (folder / "onnx").mkdir()
     of_run = ["config.json", "README.md", "model.safetensors", "metrics.json", "predictions-advanced.parquet"]
     for name in [*own, *of_run, "figures/confusion.png", "figures/roc_bar.png", "figures/roc_bar.pdf"]:
         (folder / name).touch()
-    (tmp_path / "disk" / "run.json").touch()
+    for name in ("frozen/best/model.safetensors", "unfrozen/finished.json", "other/frozen/x", "run.json", "thesis.tex"):
+        (tmp_path / "disk" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "disk" / name).touch()
     finetuning._claim_output(Path(place), finetuning.checkpoints_folder(place), delete_first=True)
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert left == set(own)
-    assert list((tmp_path / "out-checkpoints").iterdir()) == []
+    assert {path.name for path in (tmp_path / "out-checkpoints").iterdir()} == {"other", "thesis.tex"}
+    assert "onnx is an export of the earlier model; delete it, and export the new one" in caplog.text
 
 
 def test_resuming_with_other_arguments_is_refused_by_name(run, tmp_path):
@@ -322,16 +335,22 @@ def test_resuming_with_other_galaxies_or_labels_is_refused(run, rings):
             run("out", resume=True, skip_unfrozen=True, dataset=type(rings)({**rings, "train": other}))
 
 
-def test_a_run_goes_on_where_its_images_were_moved_and_not_with_other_images(run, galaxy_folder, tmp_path):
+def test_a_run_goes_on_where_its_images_were_copied_and_not_with_other_images(run, galaxy_folder, tmp_path):
     def load(folder):
         return split_dataset(catalog_to_dataset(read_catalog(folder / "catalog.csv"), label_column="ring"), seed=0)
 
     first = run("out", dataset=load(galaxy_folder), skip_unfrozen=True)
-    moved = galaxy_folder.rename(tmp_path / "moved")
-    assert run("out", dataset=load(moved), resume=True, skip_unfrozen=True).test_metrics == first.test_metrics
-    (moved / "images/galaxy_03.png").write_bytes((moved / "images/galaxy_04.png").read_bytes())
-    with pytest.raises(ValueError, match=r"had another set of images \(files by size and time of change\); resume"):
-        run("out", dataset=load(moved), resume=True, skip_unfrozen=True)
+    copied = shutil.copytree(galaxy_folder, tmp_path / "copied", copy_function=shutil.copyfile)
+    path, before = copied / "images/galaxy_03.png", (galaxy_folder / "images/galaxy_03.png").stat().st_mtime_ns
+    os.utime(path, ns=(before + 10**10, before + 10**10))
+    assert run("out", dataset=load(copied), resume=True, skip_unfrozen=True).test_metrics == first.test_metrics
+    content = path.read_bytes()
+    path.write_bytes(content + b"\0")
+    with pytest.raises(ValueError, match="had another set of images; resume"):
+        run("out", dataset=load(copied), resume=True, skip_unfrozen=True)
+    path.write_bytes(content)
+    with_content = load(copied).map(lambda galaxy: galaxy)  # its images are bytes
+    assert run("out", dataset=with_content, resume=True, skip_unfrozen=True).test_metrics == first.test_metrics
 
 
 def test_balancing_records_both_prevalences(run, rings, tmp_path):

@@ -37,11 +37,12 @@ def test_a_half_written_checkpoint_is_passed_over_and_deleted_when_every_process
     assert is_there == [True, False, False]
 
 
-def test_the_best_checkpoint_of_a_copied_run_is_its_own(whole, tmp_path):
+@pytest.mark.parametrize("original", ["original/checkpoint-2", r"C:\runs\original\checkpoint-2"])
+def test_the_best_checkpoint_of_a_copied_run_is_its_own(original, whole, tmp_path):
     path = whole / "trainer_state.json"
-    original = tmp_path / "original" / "checkpoint-2"
-    original.mkdir(parents=True)
-    TrainerState(best_global_step=2, best_model_checkpoint=str(original)).save_to_json(path)
+    (tmp_path / original).mkdir(parents=True)
+    best = str(tmp_path / original) if "/" in original else original
+    TrainerState(best_global_step=2, best_model_checkpoint=best).save_to_json(path)
     with pytest.raises(FileNotFoundError, match=r"stage/checkpoint-2, the best .* is gone; put it back, or start anew"):
         stages._take_best_beside(whole)
     own = whole.with_name("checkpoint-2")

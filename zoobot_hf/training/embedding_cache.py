@@ -184,7 +184,7 @@ def store_embeddings(
         raise ValueError(f"the dataset has no column image; it has {', '.join(dataset.column_names)}.")
     prepare_processes()
     as_in_files = undecoded(dataset.select_columns("image"))
-    identities = identify_images(as_in_files)
+    identities = [_identify(image) for image in _each_image(as_in_files)]
     first_rows: dict[str, int] = {}
     for row, identity in enumerate(identities):
         first_rows.setdefault(identity, row)
@@ -240,19 +240,16 @@ def clear_cache(folder: str | Path | None = None) -> int:
     return sum(file.size for file in files)
 
 
-def identify_images(dataset: datasets.Dataset, *, with_paths: bool = True) -> list[str]:
-    """A name for each image that changes with it: a hash of its bytes, or a file's path, size and time of change.
+def hash_images(dataset: datasets.Dataset) -> list[str]:
+    """A hash of each image's content, wherever it lies: every file is read.
 
     Args:
-        dataset: With `image`.
-        with_paths: Whether a file's path is part of its name; otherwise a copy that has its size and time has the same
-            name.
-
-    Raises:
-        UnreadableImageError: There is no image, or no file.
+        dataset: With `image`, which can be read.
     """
-    as_in_files = undecoded(dataset.select_columns("image"))
-    return [_identify(image, with_path=with_paths) for batch in as_in_files.iter(1000) for image in batch["image"]]
+    return [
+        hashlib.sha256(Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]).hexdigest()
+        for image in _each_image(undecoded(dataset.select_columns("image")))
+    ]
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -319,7 +316,12 @@ class StoredEmbeddings(torch.utils.data.Dataset[dict[str, Any]]):
 # What the embeddings depend on ----------------------------------------------------------------------------------
 
 
-def _identify(image: dict[str, Any] | None, *, with_path: bool) -> str:
+def _each_image(as_in_files: datasets.Dataset) -> Iterator[Any]:
+    return (image for batch in as_in_files.iter(1000) for image in batch["image"])
+
+
+def _identify(image: dict[str, Any] | None) -> str:
+    """A name for an image that changes with it: a hash of its bytes, or its file's path, size and time of change."""
     if image is None:
         raise UnreadableImageError("a row of the dataset has no image; leave it out.")
     if image["bytes"] is not None:
@@ -328,8 +330,6 @@ def _identify(image: dict[str, Any] | None, *, with_path: bool) -> str:
         state = os.stat(image["path"])
     except OSError as error:
         raise UnreadableImageError(f"{image['path']} can't be read: {error.strerror}. Mend or remove it.") from error
-    if not with_path:
-        return f"{state.st_size} {int(state.st_mtime)}"  # archives keep whole seconds
     return f"{os.path.abspath(image['path'])} {state.st_size} {state.st_mtime_ns}"
 
 

@@ -14,17 +14,19 @@ from zoobot_hf.data.images import check_images
 from zoobot_hf.evaluation.judgement import Judgement, check_prevalence, judge, judge_out_of_fold, prevalence_of
 from zoobot_hf.evaluation.selection import check_aim
 from zoobot_hf.models.configuration_zoobot import ZoobotConfig
+from zoobot_hf.models.export import FORMATS
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ModelWithHead
 from zoobot_hf.publishing.hub import CONFIGURATION, FIGURE_OF_RUN, FIGURES, METRICS, OPTIONAL_FILES, REQUIRED_FILES
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
-from .cross_validation import CrossValidation
+from .cross_validation import OUT_OF_FOLD, CrossValidation
 from .machine import tune_memory_allocator
 from .run_report import Finetuned, count_labels, metrics_of, write_run
 from .stages import (
     BEST_FOLDER,
     RUN_FILE,
+    STAGES,
     StageResult,
     best_stage,
     check_same_run,
@@ -92,8 +94,8 @@ def finetune(
         out_of_fold: What models that were trained in the same way said of these galaxies, from `cross_validate`; the
             model is for the sky that its predictions are for.
         resume: Whether to go on with a run that was killed in this `output_dir`.
-        overwrite: Whether to delete what an earlier run left in this `output_dir`, and its checkpoints; other files
-            there stay.
+        overwrite: Whether to delete what an earlier run left in this `output_dir`, and its checkpoints; other files in
+            both folders stay, exports of the earlier model too.
         dataset_name: How the model card calls the dataset: a Hub id or a name.
         cuts: How many galaxies each cut removed, for the model card.
         sky_prevalence: The share of each label in the sky that the predictions are for, by its name, above 0; that of
@@ -307,7 +309,8 @@ def check_output(output_dir: str | Path, *, resume: bool = False, overwrite: boo
     output_dir, work_dir = Path(output_dir), checkpoints_folder(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise NotADirectoryError(f"output_dir is {output_dir}, which is a file; choose a folder.")
-    is_finished = (output_dir / METRICS).is_file() and (output_dir / CONFIGURATION).is_file()
+    is_model = (output_dir / METRICS).is_file() and (output_dir / CONFIGURATION).is_file()
+    is_finished = is_model or (output_dir / OUT_OF_FOLD).is_file()
     can_go_on = (work_dir / RUN_FILE).is_file()
     holds_run = is_finished or can_go_on
     if not holds_run and any(folder.is_dir() and any(folder.iterdir()) for folder in (output_dir, work_dir)):
@@ -345,8 +348,11 @@ def _claim_output(output_dir: Path, work_dir: Path, *, delete_first: bool) -> No
         if delete_first:
             for path in _files_of_run(output_dir):
                 path.unlink(missing_ok=True)
-            if work_dir.is_dir():
-                shutil.rmtree(work_dir)
+            for folder in filter(Path.is_dir, (work_dir / name for name in STAGES)):
+                shutil.rmtree(folder)
+            (work_dir / RUN_FILE).unlink(missing_ok=True)  # last: without it, stages would be taken for any run's
+            for folder in filter(Path.is_dir, (output_dir / name for name in FORMATS)):
+                logger.warning("%s is an export of the earlier model; delete it, and export the new one.", folder)
         work_dir.mkdir(parents=True, exist_ok=True)
     PartialState().wait_for_everyone()
 

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,14 @@ from zoobot_hf.models.modeling_zoobot import ModelWithHead
 from zoobot_hf.publishing.run_folder import write_json
 
 from .arguments import FrozenStageArguments, UnfrozenStageArguments
-from .embedding_cache import hash_weights, identify_images
+from .embedding_cache import hash_images, hash_weights
 from .trainer import FrozenStageTrainer, UnfrozenStageTrainer, read_labels
 
 logger = logging.getLogger(__name__)
 
 BEST_FOLDER = "best"
 RUN_FILE = "run.json"
+STAGES = ("frozen", "unfrozen")
 STATE_FILE = "trainer_state.json"  # the last that Trainer writes of a checkpoint
 # What a run itself writes into a model's configuration.
 FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights", "label_smoothing", "unit_interval"}
@@ -146,8 +147,7 @@ def fingerprint_run(
     galaxies = {
         name: [dataset[name]["id_str"][:], known.tolist()] for name, known in labels.items() if known is not None
     }
-    # The times of files outlast a move or a copy (cp -a, rsync -a, tar), and their paths don't.
-    images = {name: identify_images(split, with_paths=False) for name, split in dataset.items()}
+    images = {name: hash_images(split) for name, split in dataset.items()}
     settings = {
         f"{stage.__class__.__name__}.{name}": value for stage in arguments for name, value in stage.decisive.items()
     }
@@ -157,7 +157,7 @@ def fingerprint_run(
         **{f"model.{name}": value for name, value in configuration.items()},
         "processor": processor.to_dict(),
         "dataset": _hash_json(galaxies),
-        "set of images (files by size and time of change)": _hash_json(images),
+        "set of images": _hash_json(images),
         "number of processes": PartialState().num_processes,
         **choices,
         **settings,
@@ -271,7 +271,8 @@ def _take_best_beside(checkpoint: Path) -> None:
     state = TrainerState.load_from_json(str(path))
     if state.best_model_checkpoint is None:
         return
-    best = checkpoint.with_name(Path(state.best_model_checkpoint).name)
+    # A Windows path is split at both separators: the run may have begun on another system.
+    best = checkpoint.with_name(PureWindowsPath(state.best_model_checkpoint).name)
     if not best.is_dir():
         raise FileNotFoundError(
             f"{best}, the best checkpoint of the run to resume, is gone; put it back, or start anew (overwrite=True, "
