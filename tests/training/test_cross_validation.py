@@ -76,16 +76,18 @@ def few_rings(galaxies):
     return galaxies.select([row for row in range(40) if row % 2 == 0 or row < 16])
 
 
+@pytest.mark.parametrize(("label_smoothing", "method"), [(0.0, "temperature"), (0.1, "bias_corrected")])
 def test_the_calibration_of_a_fold_comes_from_its_own_validation_split(
-    validate, remembered, layer_norm_model, few_rings
+    label_smoothing, method, validate, remembered, layer_norm_model, few_rings
 ):
     layer_norm_model.config.class_weights = [1.0, 3.0]  # count like so many galaxies
+    layer_norm_model.config.label_smoothing = label_smoothing
     result = validate(dataset=few_rings)
     for fold, (splits, (stage,), _) in enumerate(remembered):
         weighted = np.bincount(splits["train"]["label"]) * [1.0, 3.0]
         shares = weighted / weighted.sum()
         calibration = fit_calibration(
-            stage.validation_outputs, splits["validation"]["label"][:], training_prevalence=shares
+            stage.validation_outputs, splits["validation"]["label"][:], training_prevalence=shares, method=method
         )
         expected = softmax(calibration.apply(np.asarray(stage.test_outputs)), axis=1)
         expected = probabilities_at_prevalence(expected, assumed_prevalence=shares, prevalence=[20 / 28, 8 / 28])

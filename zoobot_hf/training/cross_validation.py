@@ -32,9 +32,9 @@ from transformers import EvalPrediction, set_seed
 
 from zoobot_hf.data.balance import Strategy, balance_classes, measure_prevalence
 from zoobot_hf.data.catalog import write_catalog
-from zoobot_hf.evaluation.calibration import Calibration, fit_calibration, probabilities_at_prevalence
+from zoobot_hf.evaluation.calibration import Calibration, probabilities_at_prevalence
 from zoobot_hf.evaluation.intervals import Estimate
-from zoobot_hf.evaluation.judgement import check_prevalence
+from zoobot_hf.evaluation.judgement import calibrate_head, check_prevalence
 from zoobot_hf.evaluation.label_audit import find_doubtful_labels, find_near_duplicates
 from zoobot_hf.evaluation.metrics import SINGLE_LABEL, metrics_for_trainer, scored_labels
 from zoobot_hf.evaluation.plots import plot_galaxy_sheet, shown_name
@@ -193,9 +193,7 @@ def cross_validate(
             fold_model = _new_model(model, splits["train"])
             stages = _train(fold_model, processor, splits, shared, frozen, second, folder / f"fold-{fold}")
             kept, trained_at = best_stage(stages), effective_training_prevalence(fold_model.config)
-            calibration = fit_calibration(
-                kept.validation_outputs, splits["validation"]["label"][:], training_prevalence=trained_at
-            )
+            calibration = calibrate_head(kept.validation_outputs, splits["validation"]["label"][:], fold_model.config)
             test = np.flatnonzero(fold_of == fold)
             probabilities[test] = softmax(calibration.apply(np.asarray(kept.test_outputs)), axis=1)
             at_sky[test] = probabilities_at_prevalence(

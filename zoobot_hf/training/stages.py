@@ -36,7 +36,7 @@ RUN_FILE = "run.json"
 STAGES = ("frozen", "unfrozen")
 STATE_FILE = "trainer_state.json"  # the last that Trainer writes of a checkpoint
 # What a run itself writes into a model's configuration.
-FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights", "label_smoothing", "unit_interval"}
+FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights"}
 
 
 @dataclass
