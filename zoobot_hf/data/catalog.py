@@ -447,17 +447,13 @@ def column_for_astropy(column: pd.Series, *, file_format: str) -> MaskedColumn |
 
 
 def _find_format(path: Path) -> str:
-    suffix = Path(_without_gz(path.name)).suffix
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in CATALOG_FORMATS:
         raise CatalogError(
             f"catalog {path} has the suffix {suffix!r}; known are {', '.join(CATALOG_FORMATS)}. Rename the file after "
             "its format, or save it in one of these; of images give the folder, and a folder to write to has no dot."
         )
     return CATALOG_FORMATS[suffix]
-
-
-def _without_gz(name: str) -> str:
-    return name.lower().removesuffix(".gz")
 
 
 def _find_format_to_write(path: Path) -> str:
