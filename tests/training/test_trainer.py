@@ -46,14 +46,14 @@ def moved(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def train(trainer_class, model, arguments, galaxies, processor):
+def train(trainer_class, model, arguments, galaxies, processor, *, problem_type="single_label_classification"):
     trainer = trainer_class(
         model,
         arguments,
         processing_class=processor,
         train_dataset=galaxies.select(range(24)),
         eval_dataset=galaxies.select(range(24, 40)),
-        compute_metrics=metrics_for_trainer("single_label_classification"),
+        compute_metrics=metrics_for_trainer(problem_type),
     )
     trainer.train()
     return trainer
@@ -348,19 +348,12 @@ def test_the_frozen_stage_learns_to_tell_drawn_rings(batch_norm_model, galaxies,
 def test_a_stage_too_short_to_learn_knows_how_common_a_label_is(
     embedding_cache, layer_norm_model, galaxies, processor, tmp_path
 ):
-    layer_norm_model.config.problem_type = "multi_label_classification"
+    problem_type = layer_norm_model.config.problem_type = "multi_label_classification"
     layer_norm_model.head = build_head(layer_norm_model.config)
     labels = [[float(row % 8 == 0), float(row % 3 == 0)] for row in range(40)]
     galaxies = galaxies.remove_columns("label").add_column("label", labels)
     arguments = frozen_arguments(tmp_path, embedding_cache=embedding_cache, learning_rate=1e-9)
-    trainer = FrozenStageTrainer(
-        layer_norm_model,
-        arguments,
-        processing_class=processor,
-        train_dataset=galaxies.select(range(24)),
-        eval_dataset=galaxies.select(range(24, 40)),
-    )
-    trainer.train()
+    trainer = train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor, problem_type=problem_type)
     probabilities = torch.tensor(trainer.predict(galaxies).predictions).sigmoid().mean(0)
     assert probabilities.tolist() == pytest.approx([3 / 24, 8 / 24], abs=1e-4)
 

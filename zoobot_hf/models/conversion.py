@@ -307,17 +307,16 @@ def read_weight_shapes(folder: Path) -> dict[str, Shape] | None:
         ("model", ".safetensors", _read_safetensors_shapes),
         ("pytorch_model", ".bin", _read_bin_shapes),
     ):
-        single = folder / f"{stem}{ending}"
-        paths = [single] if single.is_file() else sorted(folder.glob(f"{stem}-*-of-*{ending}"))
-        index = folder / f"{stem}{ending}.index.json"
-        if not single.is_file() and index.is_file():
+        single, index = folder / f"{stem}{ending}", folder / f"{stem}{ending}.index.json"
+        if single.is_file():
+            return read(single)
+        if index.is_file():
             paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
             missing = [path.name for path in paths if not path.is_file()]
             if missing:
                 raise ValueError(
                     f"the model's weights, {', '.join(missing)}, are missing; copy or download them again."
                 )
-        if paths:
             return {name: shape for path in paths for name, shape in read(path).items()}
     return None
 

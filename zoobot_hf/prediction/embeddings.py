@@ -44,7 +44,7 @@ from .runs import (
     wait_for_files,
 )
 from .shards import Shard, read_key, read_shard, shard_paths
-from .survey import arrow_table, check_output_holds_no_model, hash_model
+from .survey import arrow_table, hash_model
 from .tables import survey_table
 
 EMBEDDING = "embedding"
@@ -104,7 +104,6 @@ def embed_survey(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose {' or '.join(sorted(DTYPES))}.")
-    check_output_holds_no_model(output)
     encoder = model.base_model
     given = None if pca is None or isinstance(pca, int) else _read_given(Path(pca), encoder)
     prepare_processes()
@@ -187,7 +186,6 @@ def predict_embeddings(
         ValueError: A prevalence that the model lacks.
     """
     check_prevalence(model, prevalence)
-    check_output_holds_no_model(output)
     source, folder = Path(embeddings), Path(output)
     stored = read_finished(source, contents="embeddings")
     _check_fit(stored, model, processor, folder=source)

@@ -359,11 +359,13 @@ def start_run(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         wanted: From `describe_run`.
 
     Raises:
-        SurveyError: The folder is a file, or holds a run with another model, catalog or purpose, or no manifest that
-            can be read.
+        SurveyError: The folder is a file, or holds a model, a run with another model, catalog or purpose, or no
+            manifest that can be read.
     """
     if folder.exists() and not folder.is_dir():
         raise SurveyError(f"output is {folder}, which is a file; choose a folder.")
+    if any(folder.glob("model*.safetensors")):  # one file of weights or several
+        raise SurveyError(f"output {folder} is a folder that holds a model; choose another output.")
     contents = wanted["contents"]
     path, state = folder / "manifest.json", PartialState()
     earlier = read_manifest(folder)

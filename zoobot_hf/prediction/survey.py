@@ -30,7 +30,6 @@ from .pieces import Source, check_catalog, find_source, name_of, read_pieces
 from .runs import (
     GALAXIES_IN_A_SHARD,
     Survey,
-    SurveyError,
     WorkOnImages,
     describe_run,
     finish_run,
@@ -90,7 +89,6 @@ def predict_survey(
         ValueError: A prevalence that the model lacks, or a size below 1.
     """
     check_prevalence(model, prevalence)
-    check_output_holds_no_model(output)
     prepare_processes()
     model.to(device)
     source = find_source(catalog)
@@ -120,19 +118,6 @@ def predict_survey(
         pieces = read_pieces(source, rows=manifest["shard_size"])
         run_shards(folder, manifest, work, pieces, retry_failures=retry_failures, max_failures=max_failures)
     return finish_run(folder, manifest)
-
-
-def check_output_holds_no_model(output: str | Path) -> None:
-    """Refuses a folder that holds a model, among whose files a survey's would be taken for its own.
-
-    Args:
-        output: Where a survey is to go.
-
-    Raises:
-        SurveyError: It holds one.
-    """
-    if any(Path(output).glob("model*.safetensors")):  # one file of weights or several
-        raise SurveyError(f"output {output} is a folder that holds a model; choose another output.")
 
 
 def hash_model(model: ModelWithHead) -> str:

@@ -51,7 +51,7 @@ from .embedding_cache import Stored, StoredEmbeddings, Views, store_embeddings
 from .folds import assign_folds, check_classes, group_near_duplicates
 from .machine import tune_memory_allocator
 from .reading import Pictures
-from .stages import RUN_FILE, StageResult, best_stage, check_same_run, choose_arguments, fingerprint_run, run_stages
+from .stages import StageResult, best_stage, check_same_run, choose_arguments, fingerprint_run, forget_run, run_stages
 from .trainer import FrozenStageTrainer, check_labels
 
 logger = logging.getLogger(__name__)
@@ -445,9 +445,7 @@ def _open_work_dir(work_dir: str | Path | None, *, delete_first: bool) -> Iterat
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if delete_first:
-            for path in folder.glob("fold-*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            (folder / RUN_FILE).unlink(missing_ok=True)  # last: without it, folds would be taken for those of any run
+            forget_run(folder, folder.glob("fold-*"))
     PartialState().wait_for_everyone()
     yield folder
 

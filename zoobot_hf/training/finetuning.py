@@ -1,7 +1,6 @@
 """finetune(): the frozen stage, then the unfrozen stage, and a folder that is ready for the Hub."""
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from .stages import (
     check_same_run,
     choose_arguments,
     fingerprint_run,
+    forget_run,
     run_stages,
 )
 from .trainer import check_labels
@@ -348,9 +348,7 @@ def _claim_output(output_dir: Path, work_dir: Path, *, delete_first: bool) -> No
         if delete_first:
             for path in _files_of_run(output_dir):
                 path.unlink(missing_ok=True)
-            for folder in filter(Path.is_dir, (work_dir / name for name in STAGES)):
-                shutil.rmtree(folder)
-            (work_dir / RUN_FILE).unlink(missing_ok=True)  # last: without it, stages would be taken for any run's
+            forget_run(work_dir, [work_dir / name for name in STAGES])
             for folder in filter(Path.is_dir, (output_dir / name for name in FORMATS)):
                 logger.warning("%s is an export of the earlier model; delete it, and export the new one.", folder)
         work_dir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -187,6 +187,18 @@ def check_same_run(work_dir: Path, fingerprint: dict[str, Any]) -> None:
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         write_json(path, fingerprint)
+
+
+def forget_run(work_dir: Path, parts: Iterable[Path]) -> None:
+    """Deletes what a run wrote to its folder; other files there stay.
+
+    Args:
+        work_dir: The run's folder.
+        parts: Its files and folders there, besides the one that says what the run is.
+    """
+    for path in parts:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (work_dir / RUN_FILE).unlink(missing_ok=True)  # last: without it, the parts would be taken for those of any run
 
 
 def _hash_json(values: Any) -> str:
