@@ -757,6 +757,7 @@ def test_a_folder_without_images_is_refused(encoder_folder, model_folder, tmp_pa
         ({"dataset": "astronomer/nothing"}, r"'astronomer/nothing': nothing is at this path, and as a Hub dataset"),
         ({"configuration": "gz2"}, r"configuration is for a Hub dataset, and dataset is .*galaxies\d+; leave it out\."),
         ({"dataset": "simulated", "revision": "main"}, r"revision is for a Hub dataset, and dataset is simulated"),
+        ({"dataset": "simulated"}, r"label_column is 'ring', and drawn galaxies have none; leave it out\."),
         ({"survey": "euclid", "label_column": None, "revision": "main"}, r"revision is for a Hub dataset"),
         ({"push_to_hub": "astronomer/rings"}, r"No token for the Hub to push with: log in with `hf auth login`"),
     ],

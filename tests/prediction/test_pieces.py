@@ -7,7 +7,7 @@ from astropy.table import Table
 
 from zoobot_hf import read_galaxies
 from zoobot_hf.data.catalog import CatalogError
-from zoobot_hf.prediction.pieces import check_catalog, fingerprint_rows, read_pieces
+from zoobot_hf.prediction.pieces import check_catalog, find_source, fingerprint_rows, read_pieces
 
 NAMES = ["007", "NA", "1237648720693755918", "J0001-02", *(f"g{number}" for number in range(19))]
 
@@ -129,6 +129,8 @@ def test_files_that_are_no_catalogs_are_refused(table, tmp_path):
         check_catalog(tmp_path / "latin.csv")
     with pytest.raises(CatalogError, match="does not exist"):
         check_catalog(tmp_path / "none.csv")
+    with pytest.raises(CatalogError, match=r"the catalog is a Table; give a path, a pandas DataFrame with id_str"):
+        find_source(Table.from_pandas(table))
 
 
 def test_a_comma_at_the_end_of_every_row_is_no_value(tmp_path):

@@ -34,6 +34,8 @@ def choose_device(device: str) -> torch.device:
 def load_dataset(options: argparse.Namespace) -> Dataset | DatasetDict:
     _check_hub_options(options)
     if options.dataset == "simulated":
+        if options.label_column is not None:
+            raise ValueError(f"label_column is {options.label_column!r}, and drawn galaxies have none; leave it out.")
         return load_rings("simulated", seed=options.seed)
     return load_galaxy_dataset(
         options.dataset,

@@ -19,6 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
+from .catalog import quote
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -122,8 +124,8 @@ class DecisionTree:
             unknown = [column for column in question.asked_after if column not in self.vote_columns]
             if unknown:
                 raise ValueError(
-                    f"the question {question.name!r} is asked after {_quote(unknown)}, which no answer has as its vote "
-                    f"column; choose among {_quote(self.vote_columns)}."
+                    f"the question {question.name!r} is asked after {quote(unknown)}, which no answer has as its vote "
+                    f"column; choose among {quote(self.vote_columns)}."
                 )
             _check_no_repeats(question.asked_after, what=f"question {question.name!r}: asked_after")
 
@@ -134,7 +136,7 @@ class DecisionTree:
             asked = [question for question in waiting if answered.issuperset(question.asked_after)]
             if not asked:
                 raise ValueError(
-                    f"the decision tree {self.name!r} has a loop: {_quote(question.name for question in waiting)} are "
+                    f"the decision tree {self.name!r} has a loop: {quote(question.name for question in waiting)} are "
                     "asked after each other; let one of them be asked after an earlier question, or of everybody."
                 )
             answered |= {answer.vote_column for question in asked for answer in question.answers}
@@ -232,8 +234,4 @@ def _survey_folder() -> Any:
 def _check_no_repeats(names: Sequence[str], *, what: str) -> None:
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
-        raise ValueError(f"{what} {_quote(repeated)} is there more than once; each has to be there once.")
-
-
-def _quote(names: Any) -> str:
-    return ", ".join(repr(name) for name in names)
+        raise ValueError(f"{what} {quote(repeated)} is there more than once; each has to be there once.")

@@ -64,10 +64,15 @@ def find_source(source: Source) -> Source:
         source: As in `read_pieces`; also "owner/name" of a Hub dataset, where no file or folder is called so.
 
     Raises:
-        CatalogError: The Hub dataset isn't there, or the Hub can't be reached.
+        CatalogError: The Hub dataset isn't there, or the Hub can't be reached; or an object of another kind.
     """
     if isinstance(source, HubDataset):
         return pin_revision(source)
+    if not isinstance(source, str | Path | pd.DataFrame):
+        raise CatalogError(
+            f"the catalog is a {type(source).__name__}; give a path, a pandas DataFrame with id_str and file_loc, or a "
+            "HubDataset."
+        )
     if isinstance(source, str) and names_hub_dataset(source):
         return pin_revision(HubDataset(source))
     return source
