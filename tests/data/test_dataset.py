@@ -577,14 +577,25 @@ def test_a_folder_of_classes_is_loaded(tmp_path):
     save_image(tmp_path / "ring/1.png")
     save_image(tmp_path / "no ring/2.png")
     (tmp_path / "run").mkdir()
-    for place in ("run", "."):
-        pd.DataFrame({"id_str": ["2"]}).to_parquet(tmp_path / place / "predictions.parquet")
+    (tmp_path / "run/predictions.parquet").touch()
 
     galaxies = load_galaxy_dataset(tmp_path, label_column="class")
 
     assert galaxies.features["label"].names == ["no ring", "ring"]
     assert galaxies["id_str"][:] == ["2", "1"]
     assert galaxies["label"][:] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["galaxies.csv", "Galaxies.CSV.gz", "test-predictions.parquet"])
+@pytest.mark.parametrize("folder", [".", "train"])
+def test_subfolders_are_no_classes_beside_a_table_that_may_hold_the_labels(folder, name, tmp_path):
+    save_image(tmp_path / folder / "north/1.png")
+    save_image(tmp_path / folder / "south/2.png")
+    (tmp_path / name).touch()
+    message = f"holds '{name}' and no catalog.csv; if the labels are in that file, give it .* classes, move it away"
+    with pytest.raises(CatalogError, match=message):
+        load_galaxy_dataset(tmp_path, label_column="ring")
+    load_galaxy_dataset(tmp_path, label_column=None)
 
 
 def test_a_copy_of_a_hub_dataset_may_have_a_picture_in_it(tmp_path):
@@ -614,7 +625,6 @@ def test_a_copy_of_a_hub_dataset_may_have_its_files_beside_a_picture(name, tmp_p
 def test_a_class_may_be_called_like_a_split(name, tmp_path):
     save_image(tmp_path / "ring/1.png")
     save_image(tmp_path / name / "2.png")
-    (tmp_path / "test-predictions.parquet").touch()
     assert set(load_galaxy_dataset(tmp_path, label_column="class").features["label"].names) == {"ring", name}
     assert load_galaxy_dataset(tmp_path, label_column=None).num_rows == 2
 

@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 
 from zoobot_hf.data.catalog import (
+    CATALOG_FORMATS,
     IMAGE_SUFFIXES,
     CatalogError,
     check_columns,
@@ -132,11 +133,13 @@ def load_galaxy_dataset(
 
     Raises:
         CatalogError: There is nothing at `source`, here or on the Hub; a column is missing, with the columns there
-            are; a folder has no `train` among its splits, or other subfolders beside them; or what `read_galaxies` and
-            `catalog_to_dataset` refuse.
+            are; a folder has no `train` among its splits, or other subfolders beside them; it has a table that may hold
+            the labels and isn't called catalog; or what `read_galaxies` and `catalog_to_dataset` refuse.
     """
     columns = _list_columns(label_column, problem_type=problem_type)
     layout = find_layout(source)
+    if columns and layout != "hub":
+        _check_labels_are_in_no_other_table(Path(source))
     if layout == "galaxies":
         names_classes = columns and problem_type == "single_label_classification"
         return catalog_to_dataset(
@@ -345,6 +348,21 @@ def _list_columns(label_column: str | Sequence[str] | None, *, problem_type: Pro
             "name one, or choose another problem_type."
         )
     return columns
+
+
+def _check_labels_are_in_no_other_table(source: Path) -> None:
+    """Refuses a folder whose subfolders would name the classes, while a table in it is left unread."""
+    if source.is_file() or find_catalog(source):
+        return
+    suffixes = tuple(suffix for suffix in CATALOG_FORMATS if suffix not in IMAGE_SUFFIXES)
+    there = sorted(path.name for path in source.iterdir() if not path.name.startswith("."))
+    tables = [name for name in there if name.lower().removesuffix(".gz").endswith(suffixes)]
+    if tables:
+        raise CatalogError(
+            f"folder {source} holds {quote(tables[:5])}{', ...' if len(tables) > 5 else ''} and no catalog.csv; if the "
+            "labels are in that file, give it instead of the folder or call it catalog, and if the subfolders are the "
+            "classes, move it away."
+        )
 
 
 def _holds_hub_dataset(folder: Path) -> bool:
