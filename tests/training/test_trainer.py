@@ -159,8 +159,9 @@ EXACT, ROUNDED = {torch.float32}, {torch.bfloat16}
     ],
 )
 def test_training_steps_and_evaluations_have_the_precision_that_is_asked_for(
-    settings, in_training, in_evaluation, layer_norm_model, galaxies, processor, tmp_path
+    settings, in_training, in_evaluation, layer_norm_model, galaxies, processor, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate config` has it, which isn't asked
     seen = {True: set(), False: set()}
 
     def note(layer, inputs, output):

@@ -148,6 +148,9 @@ class _StageArguments(TrainingArguments):
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("error"):
             self.greater_is_better = False
         super().__post_init__()
+        if not (self.bf16 or self.fp16):
+            # Of accelerate's configuration it would round evaluations too, and also where float32 was asked for.
+            self.mixed_precision = "no"
         # Pinning needs a device to copy to; without one PyTorch warns at every start of a loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         for name, (value, reason) in FIXED_ARGUMENTS.items():
