@@ -982,6 +982,16 @@ def test_a_survey_is_not_written_into_the_folder_of_a_model(galaxy_folder, model
     assert zoobot_hf("embed", *images, tmp_path / "embedded").status == 0
 
 
+@pytest.mark.parametrize("name", ["predictions.parquet", "predictions-advanced.parquet"])
+def test_the_table_of_a_finished_run_is_not_overwritten(name, galaxy_folder, model_folder, tmp_path, refused):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    predict = ("predict", "--model", model, "--images", galaxy_folder, "--output", model / name)
+    for arguments in (predict, ("merge", tmp_path / "survey", "--output", model / name)):
+        line = refused(*arguments)
+        assert f"{name}, where a finished run has its galaxies of the test split; choose another" in line
+    assert contents(model) == contents(model_folder)
+
+
 def test_several_processes_do_not_write_one_table(galaxy_folder, model_folder, tmp_path, refused, monkeypatch):
     # How many processes there are is known only once they are prepared.
     state = "zoobot_hf.commands.predict.PartialState"

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ..data.catalog import check_catalog_can_be_written
 from ..prediction.merge import TABLES, merge_predictions
+from .predict import check_output
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    check_catalog_can_be_written(options.output)
+    check_output(options.output)
     count = merge_predictions(options.folder, options.output, table=options.table, catalog=options.catalog)
     print(f"{count} galaxies: {options.output}")
     return 0

@@ -23,6 +23,7 @@ from ..prediction.galaxies import predict_galaxies, table_of
 from ..prediction.pieces import names_archive, names_hub_dataset
 from ..prediction.runs import Survey
 from ..prediction.survey import predict_survey
+from ..publishing.hub import CONFIGURATION, OPTIONAL_FILES
 from ..training.machine import prepare_processes
 from .inputs import HUB_OPTIONS, choose_device, find_images, load_finetuned
 from .messages import complain
@@ -76,6 +77,15 @@ def report_survey(done: Survey, *, contents: str, participle: str) -> int:
             complain(f"{done.failures} of {done.galaxies} galaxies can't be {participle}; their reasons: {path}")
     # A launcher of several processes would take the status for a crash.
     return 1 if done.failures and state.num_processes == 1 else 0
+
+
+def check_output(path: Path) -> None:
+    """Nothing, if a table can be written and is none of those that a finished run has beside its model."""
+    check_catalog_can_be_written(path)
+    if path.name in OPTIONAL_FILES and (path.parent / CONFIGURATION).is_file():
+        raise ValueError(
+            f"output is {path}, where a finished run has its galaxies of the test split; choose another name or folder."
+        )
 
 
 def _predict_survey(options: argparse.Namespace) -> Survey:
@@ -185,6 +195,6 @@ def _check_tables(images: Path, *tables: Path) -> None:
     """Finds out before the predictions, which may take hours, what would stop their tables from being written."""
     catalog_path = find_catalog(images) if images.is_dir() else images
     for path in tables:
-        check_catalog_can_be_written(path)
+        check_output(path)
         if catalog_path is not None:
             check_catalog_is_kept(catalog_path, output=path)
