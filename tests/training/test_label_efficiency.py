@@ -116,15 +116,24 @@ def test_heads_and_their_regularisation_are_scikit_learns():
     assert np.exp(logits)[:, 1] / np.exp(logits).sum(1) == pytest.approx(expected[:, 1], abs=5e-3)
 
 
-def test_the_scores_are_scikit_learns():
-    labels = np.tile([0, 1], 20)
+def test_the_scores_are_scikit_learns_for_the_shares_of_the_test_galaxies():
+    labels = np.tile([0, 0, 0, 1], 10)
     draw = label_efficiency._Draw(3, np.arange(20), [])
     logits = np.random.default_rng(0).normal(size=(20, 2))
     (row,) = label_efficiency._score("Frozen stage", 5, [draw], [logits], labels)
-    probability = np.exp(logits[:, 1]) / np.exp(logits).sum(1)
+    odds = np.exp(logits[:, 1] - logits[:, 0]) * 0.25 / 0.75
+    probability = odds / (1 + odds)
     assert row["accuracy"] == accuracy_score(labels[:20], probability > 0.5)
     assert row["roc_auc"] == pytest.approx(roc_auc_score(labels[:20], probability))
     assert row["log_loss"] == pytest.approx(log_loss(labels[:20], probability))
+
+
+def test_heads_that_know_nothing_are_scored_as_the_shares_of_the_test_galaxies():
+    labels = np.array([0, 0, 0, 1, 0, 2])  # the test galaxies lack a class
+    draw = label_efficiency._Draw(0, np.arange(5), [])
+    (row,) = label_efficiency._score("Frozen stage", 5, [draw], [np.zeros((5, 3))], labels)
+    assert row["accuracy"] == 0.8
+    assert row["log_loss"] == pytest.approx(-0.8 * math.log(0.8) - 0.2 * math.log(0.2))
 
 
 def test_intervals_hold_nine_tenths_of_the_seeds():

@@ -27,7 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=number(int, 2),
         default=list(NUMBERS),
-        help="labelled galaxies of each class (default: %(default)s)",
+        help="labelled galaxies of each class, equally many; the scores are for the classes' own shares among the test "
+        "galaxies (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds", type=number(int, 2), default=SEEDS, help="draws of labelled galaxies (default: %(default)s)"

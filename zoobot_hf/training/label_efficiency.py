@@ -8,6 +8,9 @@ each class, then ten that include these five, and so on. Compared are
 - logistic regression, scikit-learn's, on standardised plain embeddings, with C = 1 / embedding_size;
 - an untrained encoder: the frozen stage on an encoder of the same configuration with random weights.
 
+The heads learn from equal numbers of each class. Their scores are for the classes' own shares among the test galaxies,
+to which what they say is converted.
+
 An interval holds 90% of the seeds: it is what one set of so many labels gives, measured on one test set. The seeds
 share their galaxies, so that the mean over more of them is not that much surer.
 """
@@ -68,7 +71,7 @@ class LabelCurve(NamedTuple):
         table: A row for each series, score and number of labels: `series`, `score`, `labels` (galaxies of each class),
             `value` (the mean over the seeds), `low` and `high` (90% of the seeds) and `seeds`.
         runs: A row for each series, number of labels and seed: `series`, `labels`, `seed`, `test_galaxies`, and the
-            scores `accuracy`, `roc_auc` and `log_loss` on the test galaxies.
+            scores `accuracy`, `roc_auc` and `log_loss` on the test galaxies, for the classes' own shares there.
         extrapolation: What more labels would bring to the frozen stage; None with too few points to fit a law to.
         seconds: By series, without the encoder.
     """
@@ -364,7 +367,11 @@ def _score(
     compute = metrics_for_trainer(SINGLE_LABEL)
     rows = []
     for draw, outputs in zip(draws, logits, strict=True):
-        scores = compute(EvalPrediction(np.maximum(outputs, -1e3), labels[draw.test]))
+        truth = labels[draw.test]
+        shares = np.bincount(truth, minlength=outputs.shape[1]) / len(truth)
+        # Trained on equal numbers of each class, the heads take all for equally common.
+        outputs = outputs + np.log(np.maximum(shares, SMALLEST_PROBABILITY))
+        scores = compute(EvalPrediction(np.maximum(outputs, -1e3), truth))
         row = {"series": series, "labels": number, "seed": draw.seed, "test_galaxies": len(draw.test)}
         rows.append({**row, **{name: scores[name] for name in SCORES}})
     return rows
