@@ -199,7 +199,7 @@ def test_bad_pixels_are_black_and_too_many_are_refused(values):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "it has 3 planes .0:0, 0:1, 0:2.; say in fits_bands"),
+        ({}, "has 3 planes .0:0, 0:1, 0:2., and .*; finetune with --fits_bands, or add fits_bands to .*r_config.json"),
         ({"fits_bands": ["VIS"]}, "it has no plane 'VIS' of fits_bands; it has 0:0, 0:1, 0:2"),
         ({"fits_bands": ["0:1"], "fits_stretch": "lupton"}, "which needs 3 bands; 1 is there"),
     ],

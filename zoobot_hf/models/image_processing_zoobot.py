@@ -222,7 +222,9 @@ class ZoobotImageProcessor(BaseImageProcessor):
         names = ", ".join(planes)
         if self.fits_bands is None and len(planes) > 1:
             raise ValueError(
-                f"it has {len(planes)} planes ({names}); say in fits_bands which one is grey, or red, green, blue."
+                f"it has {len(planes)} planes ({names}), and the image processor's fits_bands don't say which one is "
+                "grey, or red, green, blue; finetune with --fits_bands, or add fits_bands to the model's "
+                "preprocessor_config.json."
             )
         # Whatever the case: astropy has extensions' names in capitals.
         planes = {name.upper(): plane for name, plane in planes.items()}
