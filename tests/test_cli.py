@@ -920,7 +920,7 @@ def test_a_folder_of_shards_is_predicted_and_merged(galaxy_folder, model_folder,
     assert f"40 galaxies: {tmp_path / 'survey/predictions'}" in outcome.output
     assert zoobot_hf(*predict).status == 0
     merged = tmp_path / "merged.parquet"
-    assert zoobot_hf("merge", tmp_path / "survey", "--output", merged).status == 0
+    assert zoobot_hf("merge", tmp_path / "survey", "--output", merged).output == f"40 galaxies: {merged}\n"
     assert_same_predictions(pd.read_parquet(merged), expected_table)
 
 
@@ -1009,6 +1009,8 @@ def test_failures_of_a_survey_are_told(galaxy_folder, model_folder, tmp_path, zo
     assert outcome.status == 1
     assert "1 of 40 galaxies can't be predicted; their reasons:" in outcome.errors
     assert pd.read_parquet(tmp_path / "survey/failures.parquet")["id_str"].tolist() == ["galaxy_03"]
+    outcome = zoobot_hf("merge", tmp_path / "survey", "--output", tmp_path / "merged.csv")
+    assert f"39 of 40 galaxies: {tmp_path / 'merged.csv'}" in outcome.output
     outcome = zoobot_hf("embed", "--model", model_folder, "--images", galaxy_folder, "--output", tmp_path / "embedded")
     assert outcome.status == 1
     assert "1 of 40 galaxies can't be embedded; their reasons:" in outcome.errors

@@ -270,6 +270,10 @@ def test_two_images_of_one_name_are_refused(folder):
 def test_a_folder_without_images_lists_the_suffixes(tmp_path):
     with pytest.raises(CatalogError, match=r"holds no images; their suffixes may be \.png, \.jpg"):
         read_image_folder(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/data-00000-of-00001.arrow").touch()
+    with pytest.raises(CatalogError, match=r"\.fz\. If it is a saved dataset, push that to the Hub and give its id"):
+        read_image_folder(tmp_path)
     with pytest.raises(CatalogError, match="nowhere does not exist"):
         read_image_folder(tmp_path / "nowhere")
 

@@ -83,6 +83,7 @@ def test_the_catalogs_columns_are_joined(survey_folder, galaxy_folder, expected,
     table = pd.read_parquet(tmp_path / "merged.parquet")
     assert table["id_str"].tolist() == expected["id_str"].tolist()
     assert table["ring"].tolist() == list(galaxy_labels)
+    assert table["file_loc"].tolist() == sorted(shuffled["file_loc"])  # relative, as the catalog has it
 
 
 def test_a_csv_file_is_in_utf_8_whatever_the_platform_writes(survey_folder, galaxy_folder, tmp_path, monkeypatch):
@@ -122,8 +123,8 @@ def test_what_can_not_be_joined_is_named(survey_folder, galaxy_folder, tmp_path)
     whole[1:].to_csv(galaxy_folder / "short.csv", index=False)
     with pytest.raises(CatalogError, match="has no row for 1 galaxy: 'galaxy_00'"):
         merge_predictions(survey_folder, tmp_path / "merged.csv", catalog=galaxy_folder / "short.csv")
-    whole.assign(probability_ring=1).to_csv(galaxy_folder / "twice.csv", index=False)
-    with pytest.raises(CatalogError, match="both have a column 'probability_ring'"):
+    whole.assign(probability_not_ring=0, probability_ring=1).to_csv(galaxy_folder / "twice.csv", index=False)
+    with pytest.raises(CatalogError, match="both have 'probability_not_ring', 'probability_ring'; rename"):
         merge_predictions(survey_folder, tmp_path / "merged.csv", catalog=galaxy_folder / "twice.csv")
     whole.assign(**{"größe": 1}).to_csv(galaxy_folder / "foreign.csv", index=False)
     with pytest.raises(CatalogError, match=r"merged\.fits has a column 'größe', and in FITS a name has at most 68"):

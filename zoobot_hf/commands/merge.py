@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..prediction.merge import TABLES, merge_predictions
+from ..prediction.runs import read_finished
 from .predict import check_output
 
 
@@ -22,5 +23,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     check_output(options.output)
     count = merge_predictions(options.folder, options.output, table=options.table, catalog=options.catalog)
-    print(f"{count} galaxies: {options.output}")
+    total = read_finished(options.folder, contents="predictions")["galaxies"]
+    print(f"{count if count == total else f'{count} of {total}'} galaxies: {options.output}")
     return 0

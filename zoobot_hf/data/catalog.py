@@ -90,7 +90,8 @@ def read_catalog(
         path: The file. Its suffix says the format; `.gz` may follow it, except for Parquet.
         label_column: The column that has to have a label in every row, if labels are needed.
         images_must_exist: Whether an image that is not there is an error. A survey that lists its failures says no.
-        needs_locations: Whether a table without `file_loc` is an error; it has no images then.
+        needs_locations: Whether images are needed: a table without `file_loc` is an error. Otherwise `file_loc` is a
+            column like any other.
 
     Returns:
         The file's rows in their order. `id_str` and `file_loc` are text; `file_loc` is absolute, and what was relative
@@ -105,17 +106,17 @@ def read_catalog(
     """
     path = Path(path).absolute()
     table = _read_table(path)
-    names = ["id_str", "file_loc"] if needs_locations or "file_loc" in table.columns else ["id_str"]
+    names = ["id_str", "file_loc"] if needs_locations else ["id_str"]
     needed = [*names, *([label_column] if label_column else [])]
     check_columns(table.columns, needed=needed, source=f"catalog {path}", labels=[label_column])
     if table.empty:
         raise CatalogError(f"catalog {path} has no rows; it needs one for each galaxy.")
     table = table.reset_index(drop=True)
     table = table.assign(**{name: read_names(table[name], source=f"catalog {path}") for name in names})
-    if "file_loc" in names:
+    if needs_locations:
         table["file_loc"] = [os.path.join(path.parent, location) for location in table["file_loc"]]
     _check_identifiers_are_unique(table["id_str"], path=path)
-    if images_must_exist and "file_loc" in names:
+    if images_must_exist and needs_locations:
         _check_images_exist(table, path=path)
     if label_column:
         check_labels_exist(table["id_str"], labels=table[label_column], column=label_column)
@@ -142,7 +143,12 @@ def read_image_folder(folder: str | Path, *, label_column: str | None = None) ->
         raise CatalogError(f"folder {folder} does not exist; give a folder of images.")
     locations = sorted(_find_images(folder))
     if not locations:
-        raise CatalogError(f"folder {folder} holds no images; their suffixes may be {', '.join(IMAGE_SUFFIXES)}.")
+        advice = ""
+        if any(any(folder.rglob(f"*{suffix}")) for suffix in (".arrow", ".parquet")):
+            advice = " If it is a saved dataset, push that to the Hub and give its id, or save its images as files."
+        raise CatalogError(
+            f"folder {folder} holds no images; their suffixes may be {', '.join(IMAGE_SUFFIXES)}.{advice}"
+        )
     table = pd.DataFrame({"id_str": [_image_stem(location) for location in locations], "file_loc": locations})
     _check_identifiers_are_unique(table["id_str"], path=folder)
     if label_column:

@@ -21,6 +21,7 @@ from zoobot_hf.data.catalog import (
     check_columns_fit,
     column_for_astropy,
     describe,
+    quote,
     read_catalog,
     whole_file,
 )
@@ -49,13 +50,13 @@ def merge_predictions(
         path: Where to. The suffix says the format: `.parquet`, `.csv`, `.fits` or `.vot`.
         table: "predictions" as they are; of a decision tree's model also "friendly" or "advanced": see
             `friendly_table` and `advanced_table`.
-        catalog: A catalog whose columns are joined by `id_str`, read whole, without their units and descriptions; none
-            when absent.
+        catalog: A catalog whose columns are joined by `id_str`, as it has them, `file_loc` too, read whole, without
+            their units and descriptions; none when absent.
 
     Raises:
         SurveyError: The folder holds no finished predictions, or a damaged file of them.
-        CatalogError: The suffix is unknown; the catalog lacks a galaxy, or has a column of the same name; the path is
-            the catalog's; or what `check_columns_fit` refuses.
+        CatalogError: The suffix is unknown; the catalog lacks a galaxy, or has columns of the same names; the path
+            is the catalog's; or what `check_columns_fit` refuses.
         ValueError: A table that isn't known, or that the model hasn't.
     """
     path, folder = Path(path), Path(folder)
@@ -71,7 +72,7 @@ def merge_predictions(
     manifest = read_finished(folder, contents="predictions")
     joined = None
     if catalog is not None:
-        joined = read_catalog(catalog, images_must_exist=False, needs_locations=False).set_index("id_str")
+        joined = read_catalog(catalog, needs_locations=False).set_index("id_str")
     pieces = _read_pieces(folder, manifest, table=table, joined=joined)
     facts = {
         "MODEL": manifest["model"],
@@ -110,7 +111,7 @@ def _join(piece: pd.DataFrame, catalog: pd.DataFrame) -> pd.DataFrame:
         raise CatalogError(f"the catalog has no row for {describe(missing)}; give the one that was predicted.")
     twice = [name for name in piece.columns if name in catalog.columns]
     if twice:
-        raise CatalogError(f"the catalog and the predictions both have a column {twice[0]!r}; rename the catalog's.")
+        raise CatalogError(f"the catalog and the predictions both have {quote(twice)}; rename the catalog's columns.")
     return piece.join(catalog, on="id_str")
 
 
