@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from small_trees import make_question
 
 from zoobot_hf import load_survey
 from zoobot_hf.evaluation import vote_plots
@@ -8,6 +9,14 @@ from zoobot_hf.evaluation.plots import DOTS_PER_INCH, PAGE_WIDTH
 from zoobot_hf.evaluation.vote_plots import plot_vote_fractions
 
 EUCLID, RINGS = load_survey("euclid").to_dict(), load_survey("rings").to_dict()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, for a look at what is on them."""
+    figures = []
+    monkeypatch.setattr(vote_plots, "save_figure", lambda figure, path: figures.append(figure))
+    return figures
 
 
 def draw(tree, *, galaxies=60):
@@ -50,14 +59,37 @@ def test_predictions_that_follow_the_votes_lie_nearer_the_diagonal(tmp_path):
     assert far[0] < 0.05 < far[1]
 
 
-def test_questions_and_answers_with_unusual_names_are_shown(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(vote_plots, "save_figure", lambda figure, path: figures.append(figure))
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 12])
+def test_the_names_of_all_questions_have_room(tmp_path, drawn, count):
+    tree = {"name": "many", "questions": [make_question(f"{number}", "yes", "no") for number in range(count)]}
+    plot_vote_fractions(*draw(tree), tree, tmp_path / "figure.png")
+    (figure,) = drawn
+    figure.set_dpi(DOTS_PER_INCH)
+    figure.draw_without_rendering()
+    panels = figure.axes[:count]
+    for number, panel in enumerate(panels):
+        bottom, top = panel.title.get_window_extent().intervaly
+        above = panels[number - 4].get_tightbbox().y0 if number >= 4 else figure.bbox.height
+        assert panel.bbox.y1 < bottom < top < above
+
+
+@pytest.mark.parametrize("others", [2, 1000])
+def test_a_galaxy_on_its_own_is_seen(tmp_path, drawn, others):
+    votes = np.array([[2.0, 18]] + [[18.0, 2]] * others)
+    plot_vote_fractions([[9, 1]] * (others + 1), votes, RINGS, tmp_path / "figure.png")
+    drawn[0].draw_without_rendering()
+    cells = drawn[0].axes[0].collections[0]
+    shades = dict(zip(cells.get_array().tolist(), cells.get_facecolors()[:, 0], strict=True))
+    assert list(cells.get_facecolors()[:, 3]) == [1] * 4
+    assert shades[others] < shades[1] < 0.9
+
+
+def test_questions_and_answers_with_unusual_names_are_shown(tmp_path, drawn):
     answers = [{"name": name, "vote_column": f"votes_{number}"} for number, name in enumerate(["_yes", "$5$"])]
     question = {"name": "is it a ring galaxy of the nearby universe", "asked_after": [], "answers": answers}
     tree = {"name": "rings", "questions": [question]}
     plot_vote_fractions(*draw(tree), tree, tmp_path / "figure.png")
-    (panel,) = figures[0].axes
+    (panel,) = drawn[0].axes
     assert panel.get_title() == "is it a ring…rby universe\n51 galaxies"
     assert [text.get_text() for text in panel.get_legend().get_texts()] == [" _yes", r"\$5\$"]
 

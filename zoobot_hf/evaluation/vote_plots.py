@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from zoobot_hf.models.votes import tree_layout
@@ -22,6 +23,10 @@ LEAST_GALAXIES = 5  # in a bin, for its mean to be drawn
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.")
 LEAST_WIDTH = 2.4  # inches, of a figure with one panel
+LEFT = 0.4  # inches, of the width, for what stands beside the first column
+ABOVE_AND_BELOW = 0.65  # inches, of the height, for what stands above the first row and below the last
+# From one galaxy on, the cells differ from the paper, and none is as dark as a line.
+COUNTS = LinearSegmentedColormap.from_list("counts", ["0.87", "0.7"])
 
 Floats = npt.NDArray[np.float64]
 
@@ -65,7 +70,8 @@ def plot_vote_fractions(
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     width = max(LEAST_WIDTH, PAGE_WIDTH * columns / COLUMNS)
-    figure = Figure(figsize=(width, rows * width / columns + 0.2), layout="constrained")
+    height = rows * (width - LEFT) / columns + ABOVE_AND_BELOW
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel in axes.ravel()[len(panels) :]:
         panel.set_axis_off()
@@ -83,8 +89,7 @@ def _draw_question(panel: Axes, question: dict[str, Any], *, expected: Floats, o
         extent=(0, 1, 0, 1),
         bins="log",
         mincnt=1,
-        cmap="Greys",
-        alpha=0.4,
+        cmap=COUNTS,
         linewidths=0,
     )
     panel.plot([0, 1], [0, 1], color="0.5", linewidth=0.6)
