@@ -212,8 +212,8 @@ def write_label_curve(curve: LabelCurve, output_dir: str | Path) -> list[Path]:
     write_catalog(curve.runs, paths[1])
     law = curve.extrapolation
     facts = {"law": law.law._asdict(), "more_labels": law.more._asdict(), "in_words": law.describe()} if law else None
-    write_json(paths[2], {"extrapolation": facts, "seconds": curve.seconds})
     plot_label_curves(curve.table, paths[3], scores=SCORES, extrapolation=law)
+    write_json(paths[2], {"extrapolation": facts, "seconds": curve.seconds})  # last: it says that all is there
     return paths
 
 
