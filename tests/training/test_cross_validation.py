@@ -200,6 +200,7 @@ def test_folds_that_were_killed_go_on_where_they_were(validate, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         validate(**unfrozen, work_dir=tmp_path / "work")
     monkeypatch.setattr(FrozenStageTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    (tmp_path / "work/fold-0").mkdir()  # as if killed before the finished fold's checkpoints were deleted
     resumed = validate(**unfrozen, work_dir=tmp_path / "work")
     assert trained[4:] == [("fold-1", "frozen"), ("fold-1", "unfrozen")]
     pd.testing.assert_frame_equal(resumed.table, unbroken.table)

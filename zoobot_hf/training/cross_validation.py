@@ -461,15 +461,15 @@ def _train(
 ) -> list[StageResult]:
     """What a fold's stages gave; of a fold that was finished earlier, what is on disk of it."""
     finished = folder.with_suffix(".json")
-    if finished.is_file():
-        return [StageResult(**values) for values in json.loads(finished.read_text())]
-    trainer = functools.partial(_SharedEmbeddingsTrainer, shared=shared)
-    stages = run_stages(model, processor, splits, folder, frozen=frozen, unfrozen=unfrozen, frozen_trainer=trainer)
-    if PartialState().is_main_process:
-        write_json(finished, [asdict(stage) for stage in stages])
-        shutil.rmtree(folder)
+    if not finished.is_file():
+        trainer = functools.partial(_SharedEmbeddingsTrainer, shared=shared)
+        stages = run_stages(model, processor, splits, folder, frozen=frozen, unfrozen=unfrozen, frozen_trainer=trainer)
+        if PartialState().is_main_process:
+            write_json(finished, [asdict(stage) for stage in stages])
     PartialState().wait_for_everyone()
-    return stages
+    if PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)  # of a fold that was finished earlier it is mostly gone
+    return [StageResult(**values) for values in json.loads(finished.read_text())]
 
 
 def _row(fold: int, stage: StageResult, labels: Integers, *, is_kept: bool) -> dict[str, Any]:
