@@ -118,7 +118,8 @@ def test_a_repository_with_nothing_else_is_loaded_from_the_hub(tree_file, images
     api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repo_id)
     model = ZoobotForGalaxyZoo.from_pretrained(repo_id, decision_tree=DECALS)
     assert torch.allclose(model(images).concentrations, original(images), atol=1e-5)
-    assert image_processor_for(repo_id).pixels == 224
+    processor = image_processor_for(repo_id)
+    assert (processor.pixels, processor.zoom) == (224, 1.2)
 
 
 def test_a_greyscale_encoder_takes_one_channel(tmp_path, images):
@@ -127,7 +128,8 @@ def test_a_greyscale_encoder_takes_one_channel(tmp_path, images):
     model = ZoobotForGalaxyZoo.from_pretrained(path, decision_tree=DECALS)
     assert torch.allclose(model(images[:, :1]).concentrations, original(images[:, :1]), atol=1e-5)
     processor = image_processor_for(path)
-    assert (processor.num_channels, processor.pixels, processor.do_normalize) == (1, 224, False)
+    assert (processor.num_channels, processor.pixels, processor.zoom) == (1, 224, 1.2)
+    assert (image_processor_for(path, zoom=1.4).zoom, processor.do_normalize) == (1.4, False)
 
 
 def test_an_encoder_that_ends_in_a_hidden_layer_is_loaded(tmp_path):

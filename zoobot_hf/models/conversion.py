@@ -41,6 +41,8 @@ EMBEDDED_ENCODER = str(Path(__file__).parent / "drawn-galaxies")
 # Zoobot 2.9.0 trains at zooms of 1.2 to 1.4. On 470 real rings, logistic regression on an ImageNet encoder's embeddings
 # had a ROC AUC of 0.73 to 0.75 at every zoom from 1 to 2.4.
 DEFAULT_ZOOM = 1.4
+# What Zoobot 2.9.0's finetuned models are tested and predict at (galaxy-datasets 0.0.25, minimal_view_config).
+ZOOBOT_ZOOM = 1.2
 SAFE_PATTERNS = ("*.json", "*.safetensors")
 
 Shape = tuple[int, ...]
@@ -360,10 +362,11 @@ def image_processor_for(
     which take RGB in 0-1. In timm's layout the number of channels comes from the weights.
 
     Args:
-        name_or_path: A local folder or a Hub id.
+        name_or_path: A local folder, a `.ckpt` file of Zoobot's, or a Hub id.
         normalization: "none" gives RGB in 0-1; "encoder" applies the mean and standard deviation that the repository
             states; "auto" applies them where a preprocessor_config.json states them, and not in timm's layout.
-        zoom: Factor by which the centre is magnified; the repository's own or else `DEFAULT_ZOOM` when absent.
+        zoom: Factor by which the centre is magnified. When absent, the repository's own; for a `.ckpt` file that of
+            Zoobot's predictions, `ZOOBOT_ZOOM`; or else `DEFAULT_ZOOM`.
         fits_bands: As in `ZoobotImageProcessor`; the repository's own when absent.
         **hub_arguments: As in `local_copy`.
 
@@ -382,7 +385,7 @@ def image_processor_for(
     if zoobot_file is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in read_zoobot_file(zoobot_file).encoder.items()}
         channels = _input_channels(shapes) or 3
-        return ZoobotImageProcessor(DEFAULT_PIXELS, num_channels=channels, **{"zoom": DEFAULT_ZOOM, **changes})
+        return ZoobotImageProcessor(DEFAULT_PIXELS, num_channels=channels, **{"zoom": ZOOBOT_ZOOM, **changes})
     settings = read_configuration(folder)
     if settings.get("model_type") == ZoobotConfig.model_type:
         own = ZoobotImageProcessor.from_pretrained(str(folder)).to_dict()
