@@ -175,6 +175,12 @@ def test_of_thresholds_of_equal_purity_the_most_complete_is_chosen():
     assert chosen.threshold == pytest.approx(0.5)
 
 
+def test_a_threshold_between_two_neighbouring_floats_selects_the_higher_alone():
+    chosen = choose_threshold([0.25, 0.75, np.nextafter(0.75, 1)], [0, 0, 1], aim="f1")
+    assert chosen.threshold > 0.75
+    assert chosen.f1.value == 1
+
+
 SKY = [0.9, 0.05, 0.05]
 
 

@@ -133,9 +133,11 @@ def selection_curve(
     selected = np.cumsum((heavy * truth)[order])[ends]
     mistaken = np.cumsum((heavy * (1 - truth))[order])[ends]
     levels = given[order][ends]
+    following = np.append(levels[1:], 0.0)
+    middle = (levels + following) / 2
     total = selected + mistaken
     return SelectionCurve(
-        (levels + np.append(levels[1:], 0.0)) / 2,
+        np.where(middle > following, middle, levels),  # of two neighbouring floats the middle may be the lower
         selected / selected[-1],
         selected / np.where(total > 0, total, 1),
         mistaken / mistaken[-1],
