@@ -57,6 +57,15 @@ class AskedGalaxies(NamedTuple):
         """The share of them that gave each answer, (galaxies, answers)."""
         return np.asarray(self.votes / self.volunteers[:, None])
 
+    def are_confident(self, *, least_votes: int = CONFIDENT_VOTES, majority: float = CONFIDENT_MAJORITY) -> Booleans:
+        """Whether volunteers are confident about each galaxy, (galaxies,).
+
+        Args:
+            least_votes: How many votes on the question that takes.
+            majority: The fraction that the answer chosen most has to exceed.
+        """
+        return np.asarray((self.volunteers >= least_votes) & (self.observed_fractions.max(axis=1) > majority))
+
 
 class VoteMetric(_MetricInMemory):
     """A score of predicted concentrations against volunteers' votes.
@@ -124,7 +133,7 @@ class VoteAccuracy(VoteMetric):
         super().__init__(decision_tree, least_votes=least_votes, **options)
 
     def _score_question(self, asked: AskedGalaxies) -> float:
-        is_confident = asked.observed_fractions.max(axis=1) > self.majority
+        is_confident = asked.are_confident(least_votes=self.least_votes, majority=self.majority)
         if not is_confident.any():
             return float("nan")
         is_right = asked.predicted_fractions.argmax(axis=1) == asked.votes.argmax(axis=1)
@@ -253,9 +262,7 @@ def score_votes(
     values, layout = np.asarray(votes, dtype=np.float64), tree_layout(decision_tree)
     questions = {}
     for question, asked in asked_by_question(np.asarray(concentrations), values, layout):
-        is_known = asked.volunteers >= CONFIDENT_VOTES
-        is_confident = is_known & (asked.votes.max(axis=1) > CONFIDENT_MAJORITY * asked.volunteers)
-        counts = {"asked": len(asked.votes), "confident": int(is_confident.sum())}
+        counts = {"asked": len(asked.votes), "confident": int(asked.are_confident().sum())}
         questions[question] = counts | {name: results[f"{name}_{question}"] for name in names}
     return {**{name: results[name] for name in names}, "questions": questions}
 
