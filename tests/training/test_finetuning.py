@@ -252,6 +252,10 @@ def test_a_refused_choice_deletes_nothing_and_claims_no_folder(run, tmp_path):
         for stage, wanted in (("frozen", FrozenStageArguments), ("unfrozen", UnfrozenStageArguments)):
             with pytest.raises(ValueError, match=f"{stage} is of the type TrainingArguments; give {wanted.__name__},"):
                 run(name, overwrite=True, **{stage: TrainingArguments(use_cpu=True)})
+            with pytest.raises(
+                ValueError, match=rf"{stage} has push_to_hub=True.*push the finished .* with push_folder"
+            ):
+                run(name, overwrite=True, **{stage: wanted(**SETTINGS, push_to_hub=True)})
     assert before == {path: path.read_bytes() for path in tmp_path.glob("out*/**/*") if path.is_file()}
     assert not list(tmp_path.glob("new*"))
 

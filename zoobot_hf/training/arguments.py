@@ -59,8 +59,9 @@ class _StageArguments(TrainingArguments):
     """What both stages share.
 
     Changed defaults: evaluates, saves and logs once an epoch; keeps the checkpoint of lowest validation loss and the
-    last one, and ends with the former; leaves the dataset's columns alone; pushes to the Hub at the end alone;
-    on a GPU computes in bfloat16 and decodes in processes of their own.
+    last one, and ends with the former; leaves the dataset's columns alone; on a GPU computes in bfloat16 and decodes in
+    processes of their own. With `push_to_hub`, training alone pushes nothing: the trainer's `save_model` does, in one
+    commit.
     """
 
     augment: bool = field(default=True, metadata={"help": "Turn, mirror, zoom and shift the training images."})
@@ -103,7 +104,7 @@ class _StageArguments(TrainingArguments):
     save_total_limit: int = field(default=1, metadata={"help": "Checkpoints kept beside the best."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model doesn't take."})
     report_to: str | list[str] = field(default="none", metadata={"help": "Trackers that Trainer knows."})
-    hub_strategy: str = field(default="end", metadata={"help": "When to push: only at the end, in one commit."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push: with save_model alone, in one commit."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Go on counting towards early stopping after a resume."}
     )

@@ -113,10 +113,10 @@ def finetune(
             and the run was finished and its checkpoints are gone.
         FileNotFoundError: The best checkpoint of the run to resume is gone.
         UnreadableImageError: Some images can't be read.
-        ValueError: Arguments of another class; the dataset lacks a split, or its labels aren't the model's; a class
-            without a training galaxy; a prevalence or an aim that doesn't fit, or one of these, or balancing, where
-            there are no classes; galaxies that are not those of `out_of_fold`, or a `sky_prevalence` beside it; or the
-            run to resume had other data or arguments.
+        ValueError: Arguments of another class or with push_to_hub; the dataset lacks a split, or its labels aren't the
+            model's; a class without a training galaxy; a prevalence or an aim that doesn't fit, or one of these, or
+            balancing, where there are no classes; galaxies that are not those of `out_of_fold`, or a `sky_prevalence`
+            beside it; or the run to resume had other data or arguments.
     """
     tune_memory_allocator()
     _check_splits(dataset, needed=SPLITS if out_of_fold is None else SPLITS_OF_FINAL_MODEL)

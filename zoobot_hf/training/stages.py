@@ -75,12 +75,17 @@ def choose_arguments(
         unfrozen: Of the unfrozen stage.
 
     Raises:
-        ValueError: They are of another class.
+        ValueError: They are of another class, or have push_to_hub.
     """
     stages = {"frozen": (frozen, FrozenStageArguments), "unfrozen": (unfrozen, UnfrozenStageArguments)}
     for name, (given, wanted) in stages.items():
         if given is not None and not isinstance(given, wanted):
             raise ValueError(f"{name} is of the type {type(given).__name__}; give {wanted.__name__}, or leave it out.")
+        if given is not None and given.push_to_hub:
+            raise ValueError(
+                f"{name} has push_to_hub=True, and no stage is pushed here; leave it out, and push the finished "
+                "output_dir with push_folder."
+            )
     return frozen or FrozenStageArguments(), unfrozen or UnfrozenStageArguments()
 
 
