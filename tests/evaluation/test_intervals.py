@@ -7,6 +7,7 @@ from zoobot_hf.evaluation.intervals import (
     bootstrap_counts,
     bootstrap_estimates,
     class_weights_for,
+    draw_with_ends,
     interval_of_draws,
     share_with_interval,
 )
@@ -76,6 +77,21 @@ def test_draws_that_nearly_all_agree_say_nothing_about_the_truth():
     )
     assert estimates["share"] == pytest.approx((1.0, np.nan, np.nan), nan_ok=True)
     assert estimates["completeness"] == pytest.approx((0.0, np.nan, np.nan), nan_ok=True)
+
+
+@pytest.mark.parametrize("selected", [0, 3, 25])
+def test_the_drawn_share_above_a_threshold_has_the_interval_of_jeffreys(selected):
+    strata = np.repeat([0, 1], [25, 60])
+    weights = class_weights_for(strata, [0.9, 0.1])
+    is_above = np.concatenate([np.arange(25) < selected, np.ones(60), [False, True, False, True]])
+    shares = []
+    for drawn in draw_with_ends(strata, weights, draws=4000, seed=0):
+        of_first = np.append(np.repeat([1, 0], [25, 60]), [1, 1, 0, 0]) == 1
+        assert drawn[of_first].sum() == pytest.approx(0.9 * 85)
+        assert drawn[~of_first].sum() == pytest.approx(0.1 * 85)
+        shares.append(drawn[of_first] @ is_above[of_first] / (0.9 * 85))
+    jeffreys = beta.ppf([0.05, 0.95], selected + 0.5, 25 - selected + 0.5)
+    assert np.quantile(shares, [0.05, 0.95]) == pytest.approx(jeffreys, abs=0.01)
 
 
 @pytest.mark.parametrize("count", [1, SMALLEST_CLASS - 1, SMALLEST_CLASS])

@@ -5,6 +5,7 @@ import pytest
 import sklearn.metrics
 from astropy.stats import binom_conf_interval
 from scipy.special import softmax
+from scipy.stats import beta
 
 from zoobot_hf.evaluation.calibration import probabilities_at_prevalence
 from zoobot_hf.evaluation.intervals import class_weights_for
@@ -135,7 +136,32 @@ def test_the_interval_of_accuracy_is_that_of_a_share():
     scores = score_probabilities(probabilities, labels, label_names=NAMES, draws=20)
     low, high = binom_conf_interval(40, 40, confidence_level=0.9, interval="jeffreys")
     assert scores.overall["accuracy"] == pytest.approx((1, low, high))
-    assert np.isnan(scores.labels["ring"]["roc_auc"][1:]).all()  # told apart without error: how well, nobody knows
+
+
+def test_what_was_not_seen_among_few_galaxies_may_be_there_in_the_sky():
+    labels = np.arange(80) % 2
+    probabilities = 0.1 + 0.8 * np.eye(2)[labels]  # told apart without error
+    labelled, sky = (
+        score_probabilities(probabilities, labels, label_names=NAMES, sky_prevalence=prevalence).labels["ring"]
+        for prevalence in (None, [0.95, 0.05])
+    )
+    # A rate of false positives above this makes it impure at any completeness: Jeffreys' posterior of 0 among 40.
+    impure = 1 - beta(0.5, 40.5).cdf(0.05 / 9 / 0.95)
+    assert 0.05 < impure < 0.95
+    assert sky["completeness_at_purity_0.9"] == (1, 0, 1)
+    assert labelled["completeness_at_purity_0.9"].low > 0.85
+    for scores in (labelled, sky):
+        assert 0.9 < scores["roc_auc"].low < scores["roc_auc"].high == 1
+    assert sky["average_precision"].low < 0.6 < 0.9 < labelled["average_precision"].low
+
+
+@pytest.mark.parametrize(("share", "has_interval"), [(0.05, True), (0.04, False), (0.96, False)])
+def test_no_interval_of_a_brier_score_that_hangs_on_a_few_galaxies(share, has_interval):
+    labels = np.arange(80) % 2
+    given = softmax(np.random.default_rng(0).normal(size=(80, 2)) + np.eye(2)[labels], axis=1)
+    scores = score_probabilities(given, labels, label_names=NAMES, sky_prevalence=[1 - share, share], draws=20)
+    assert np.isfinite(scores.labels["ring"]["brier_score"][1:]).all() == has_interval
+    assert np.isfinite(scores.labels["ring"]["log_loss"]).all()
 
 
 def test_the_interval_of_accuracy_in_the_sky_holds_the_truth_as_often_as_promised():
