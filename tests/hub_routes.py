@@ -14,13 +14,9 @@ from hub_store import (
     Repo,
     User,
     changed_files,
-    commit_json,
     info_json,
     is_binary,
-    pull_request_json,
-    ref_json,
     tree_json,
-    with_last_commit,
 )
 
 LARGEST_REGULAR_FILE = 10_000_000  # bytes; the Hub asks for LFS above it
@@ -127,36 +123,10 @@ def create_repo(hub, request):
     return Response({"url": url, "name": repo_id})
 
 
-@route("DELETE", "/api/repos/delete")
-def delete_repo(hub, request):
-    user = require_user(request, role="write")
-    wanted = request.json
-    repo_id = f"{wanted['organization'] or user.name}/{wanted['name']}"
-    repo = hub.visible_repo(user, repo_id, kind=f"{wanted.get('type') or 'model'}s")
-    require_owner(request, repo)
-    del hub.repos[repo.kind, repo.id]
-    return Response({})
-
-
-@route("GET", "/api/{kind}")
-def list_repos(hub, request, kind):
-    author, words = request.query.get("author"), request.query.get("search", "").lower()
-    repos = [repo for repo in hub.repos.values() if repo.kind == kind and hub.may_see(request.user, repo)]
-    found = [repo for repo in repos if author in (None, repo.owner) and words in repo.id.lower()]
-    return Response([info_json(repo, repo.commit_at("main")) for repo in found])
-
-
 @repo_route("GET", f"{API}/tree/{{revision}}(?:/{{path}})?")
 def list_tree(hub, request, repo, revision, path):
     commit, folder = repo.commit_at(revision), path or ""
-    entries = tree_json(commit, folder, recursive=is_true(request.query.get("recursive")))
-    if is_true(request.query.get("expand")):
-        entries = [with_last_commit(entry, commit) for entry in entries]
-    start = int(request.query.get("cursor", 0))
-    end = start + hub.page_size
-    query = "&".join(f"{name}={value}" for name, value in (request.query | {"cursor": end}).items())
-    following = {"Link": f'<{hub.url}{request.path}?{query}>; rel="next"'} if end < len(entries) else {}
-    return Response(entries[start:end], headers=following)
+    return Response(tree_json(commit, folder, recursive=is_true(request.query.get("recursive"))))
 
 
 @repo_route("POST", f"{API}/paths-info/{{revision}}")
@@ -164,19 +134,7 @@ def paths_info(hub, request, repo, revision):
     form = parse_qs(request.body.decode())
     commit = repo.commit_at(revision)
     wanted = {path.strip("/") for path in form.get("paths", [])}
-    found = [entry for entry in tree_json(commit, "", recursive=True) if entry["path"] in wanted]
-    return Response([with_last_commit(e, commit) for e in found] if is_true(form.get("expand", [""])[0]) else found)
-
-
-@repo_route("GET", f"{API}/refs")
-def list_refs(hub, request, repo):
-    groups = {"branches": "refs/heads/", "tags": "refs/tags/", "pullRequests": "refs/pr/", "converts": "refs/convert/"}
-    return Response({group: ref_json(repo, prefix) for group, prefix in groups.items()})
-
-
-@repo_route("GET", f"{API}/commits/{{revision}}")
-def list_commits(hub, request, repo, revision):
-    return Response([commit_json(commit) for commit in repo.commit_at(revision).history()])
+    return Response([entry for entry in tree_json(commit, "", recursive=True) if entry["path"] in wanted])
 
 
 @repo_route("POST", f"{API}/(?P<group>branch|tag)/{{name}}")
@@ -192,60 +150,12 @@ def add_ref(hub, request, repo, group, name):
     return Response({})
 
 
-@repo_route("DELETE", f"{API}/(?P<group>branch|tag)/{{name}}")
-def delete_ref(hub, request, repo, group, name):
-    require_owner(request, repo)
-    ref = f"refs/{'heads' if group == 'branch' else 'tags'}/{name}"
-    if repo.heads.pop(ref, None) is None:
-        raise HubError(404, f"Reference does not exist: {ref}", code="RevisionNotFound")
-    return Response({})
-
-
 @repo_route("PUT", f"{API}/settings")
 def change_settings(hub, request, repo):
     require_owner(request, repo)
     wanted = request.json
     repo.private = wants_private(wanted) if wanted.keys() & {"visibility", "private"} else repo.private
     repo.gated = wanted.get("gated", repo.gated)
-    return Response({})
-
-
-@repo_route("GET", f"{API}/auth-check(?P<write>/write)?")
-def check_access(hub, request, repo, write):
-    if write:
-        require_owner(request, repo)
-    require_entry(request, repo)
-    return Response({})
-
-
-@repo_route("GET", f"{API}/discussions")
-def list_discussions(hub, request, repo):
-    found = [pull_request_json(repo, pull_request) for pull_request in repo.pull_requests.values()]
-    return Response({"discussions": found, "count": len(found), "start": 0})
-
-
-@repo_route("POST", f"{API}/discussions")
-def open_discussion(hub, request, repo):
-    user = require_user(request, role="write")
-    pull_request = repo.open_pull_request(repo.commit_at("main"), title=request.json["title"], author=user.name)
-    return Response(pull_request_json(repo, pull_request))
-
-
-@repo_route("GET", f"{API}/discussions/{{number}}")
-def show_discussion(hub, request, repo, number):
-    return Response(pull_request_json(repo, find_pull_request(repo, number)))
-
-
-@repo_route("POST", f"{API}/discussions/{{number}}/merge")
-def merge(hub, request, repo, number):
-    user = require_owner(request, repo)
-    pull_request = find_pull_request(repo, number)
-    before, after = pull_request.start.files, repo.heads[f"refs/pr/{number}"].files
-    kept = {path: blob for path, blob in repo.commit_at("main").files.items() if path in after or path not in before}
-    changed = {path: blob for path, blob in after.items() if before.get(path) != blob}
-    title = f"{pull_request.title} (#{number})"
-    pull_request.status = "merged"
-    pull_request.merge_commit = repo.add_commit("refs/heads/main", kept | changed, title=title, author=user.name).oid
     return Response({})
 
 
@@ -273,7 +183,7 @@ def commit(hub, request, repo, revision):
     files = changed_files(base.files, changes, uploads=hub.uploads)
     pull_request_url, ref = None, repo.ref(revision)
     if is_true(request.query.get("create_pr")):
-        number = repo.open_pull_request(base, title=title, author=user.name).number
+        number = repo.open_pull_request(base)
         pull_request_url, ref = f"{hub.url}/{repo.address}/discussions/{number}", f"refs/pr/{number}"
     if ref is None or ref.startswith("refs/tags/"):
         raise HubError(400, f"Commits go to a branch or a pull request, got {revision}")
@@ -373,12 +283,6 @@ def wants_private(wanted):
 
 def is_true(value):
     return str(value).lower() in ("1", "true")
-
-
-def find_pull_request(repo, number):
-    if int(number) not in repo.pull_requests:
-        raise HubError(404, f"No pull request {number} in {repo.id}")
-    return repo.pull_requests[int(number)]
 
 
 def content_response(request, content, *, headers):

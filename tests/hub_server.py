@@ -59,7 +59,6 @@ class HubServer:
         self.uploads: dict[str, bytes] = {}  # LFS files by SHA256
         self.requests: list[RequestRecord] = []
         self.faults: list[Fault] = []
-        self.page_size = 1000
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = _Server(("127.0.0.1", 0), handler)
@@ -115,7 +114,6 @@ class HubServer:
         """Clears the request log and the faults that did not happen; the repositories stay."""
         self.requests.clear()
         self.faults.clear()
-        self.page_size = 1000
 
     # For the routes
 

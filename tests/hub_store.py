@@ -89,26 +89,12 @@ class Commit:
             yield commit
             commit = commit.parent
 
-    def last_change(self, path):
-        """The commit that gave `path` its present content."""
-        return next(c for c in self.history() if not c.parent or c.parent.files.get(path) != self.files.get(path))
-
     def below(self, folder):
         """The files in `folder` ("" for all), or the Hub's error for a folder that is not there."""
         files = {path: blob for path, blob in self.files.items() if not folder or path.startswith(f"{folder}/")}
         if folder and not files:
             raise HubError(404, f"{folder} does not exist on {self.oid}", code="EntryNotFound")
         return files
-
-
-@dataclass
-class PullRequest:
-    number: int
-    title: str
-    author: str
-    start: Commit
-    status: str = "open"
-    merge_commit: str | None = None
 
 
 @dataclass
@@ -119,7 +105,6 @@ class Repo:
     gated: str | bool = False
     readers: set[str] = field(default_factory=set)  # users who were let into a gated repository
     heads: dict[str, Commit] = field(default_factory=dict)  # full names: refs/heads/main, refs/tags/v1, refs/pr/1
-    pull_requests: dict[int, PullRequest] = field(default_factory=dict)
 
     @property
     def owner(self):
@@ -147,11 +132,10 @@ class Repo:
         self.heads[ref] = Commit(title, message, author, date, self.heads.get(ref), dict(files))
         return self.heads[ref]
 
-    def open_pull_request(self, base, *, title, author):
-        number = len(self.pull_requests) + 1
+    def open_pull_request(self, base):
+        number = 1 + sum(ref.startswith("refs/pr/") for ref in self.heads)
         self.heads[f"refs/pr/{number}"] = base
-        self.pull_requests[number] = PullRequest(number, title, author, base)
-        return self.pull_requests[number]
+        return number
 
     def card_value(self, commit, key):
         """A plain `key: value` line at the top of README.md; nested YAML is not read."""
@@ -200,38 +184,6 @@ def tree_json(commit, folder, *, recursive):
             entries[parent] = {"type": "directory", "path": parent, "oid": git_oid(parent.encode()), "size": 0}
         entries[path] = file_json(path, blob)
     return [entry for path, entry in entries.items() if recursive or path.count("/") == depth]
-
-
-def with_last_commit(entry, commit):
-    paths = [entry["path"]] if entry["type"] == "file" else commit.below(entry["path"])
-    last = max((commit.last_change(path) for path in paths), key=lambda change: change.date)
-    return entry | {"lastCommit": {"id": last.oid, "title": last.title, "date": last.date}}
-
-
-def commit_json(commit):
-    authors = [{"user": commit.author}]
-    about = {"id": commit.oid, "title": commit.title, "message": commit.message}
-    return about | {"authors": authors, "date": commit.date}
-
-
-def ref_json(repo, prefix):
-    heads = {ref: commit for ref, commit in repo.heads.items() if ref.startswith(prefix)}
-    return [{"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": c.oid} for ref, c in heads.items()]
-
-
-def pull_request_json(repo, pull_request):
-    return {
-        "num": pull_request.number,
-        "title": pull_request.title,
-        "author": {"name": pull_request.author},
-        "status": pull_request.status,
-        "createdAt": pull_request.start.date,
-        "isPullRequest": True,
-        "repo": {"name": repo.id, "type": repo.kind[:-1]},
-        "changes": {"base": "refs/heads/main", "mergeCommitId": pull_request.merge_commit},
-        "filesWithConflicts": [],
-        "events": [],
-    }
 
 
 def info_json(repo, commit, *, with_blobs=False):
