@@ -96,7 +96,6 @@ class ModelCardFacts:
         selections: By label, what its threshold selects of the test galaxies: `threshold`, `prevalence` and `aim`, and
             value, low and high of `completeness`, `purity` and `f1`.
         remarks: What could not be measured and why, a sentence each.
-        repo_id: "owner/name" on the Hub, for the lines on how to load it; None shows a folder there.
         base_model: The encoder's id on the Hub; None where it is not from there.
         license: The Hub's short name of the model's licence, such as "apache-2.0".
         dataset_name: The dataset as it was asked for: an id on the Hub, "simulated", or a local path, of which only the
@@ -112,7 +111,6 @@ class ModelCardFacts:
         training_seconds: How long training took, in seconds.
         figures: Caption by path of the figure, relative to the card.
         limits: What to beware of, a sentence each.
-        citations: What to cite, a reference each.
         simulated: Whether the galaxies were drawn by a simulation.
 
     Raises:
@@ -136,7 +134,6 @@ class ModelCardFacts:
     predictions_for: str | None = None
     selections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
-    repo_id: str | None = None
     base_model: str | None = None
     license: str | None = None
     dataset_name: str | None = None
@@ -151,7 +148,6 @@ class ModelCardFacts:
     training_seconds: float | None = None
     figures: Mapping[str, str] = field(default_factory=dict)
     limits: Sequence[str] = ()
-    citations: Sequence[str] = ()
     simulated: bool = False
 
     def __post_init__(self) -> None:
@@ -184,7 +180,7 @@ def render_model_card(facts: ModelCardFacts) -> str:
         outputs=outputs,
         encoder=_name_to_show(facts.encoder, facts.base_model),
         dataset=_dataset_to_show(facts),
-        repository=facts.repo_id or _local_address(facts.model_name),
+        repository=_local_address(facts.model_name),
         measured=measured,
         scored=scored,
         metrics=list(dict.fromkeys(name for each in scored.values() for name in _numbers(each.metrics))),
