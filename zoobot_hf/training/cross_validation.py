@@ -32,7 +32,7 @@ from transformers import EvalPrediction, set_seed
 
 from zoobot_hf.data.balance import Strategy, balance_classes, measure_prevalence
 from zoobot_hf.data.catalog import write_catalog
-from zoobot_hf.evaluation.calibration import Calibration, probabilities_at_prevalence
+from zoobot_hf.evaluation.calibration import probabilities_at_prevalence
 from zoobot_hf.evaluation.intervals import Estimate
 from zoobot_hf.evaluation.judgement import calibrate_head, check_prevalence
 from zoobot_hf.evaluation.label_audit import find_doubtful_labels, find_near_duplicates
@@ -41,6 +41,7 @@ from zoobot_hf.evaluation.plots import plot_galaxy_sheet, shown_name
 from zoobot_hf.evaluation.probability_plots import plot_reliability, plot_roc_and_precision_recall
 from zoobot_hf.evaluation.scores import Scores, score_probabilities
 from zoobot_hf.evaluation.tables import judged_table, probability_columns
+from zoobot_hf.models.configuration_zoobot import ZoobotConfig
 from zoobot_hf.models.heads import build_head, effective_training_prevalence
 from zoobot_hf.models.image_processing_zoobot import ZoobotImageProcessor
 from zoobot_hf.models.modeling_zoobot import ZoobotForImageClassification
@@ -114,6 +115,22 @@ class _Shared(NamedTuple):
         )
 
 
+class _Fold(NamedTuple):
+    """What the model of a fold says of its test galaxies.
+
+    Attributes:
+        at_training: Calibrated probabilities for the training prevalence, (test galaxies, labels).
+        at_sky: The same for the sky's.
+        temperature: Of the calibration.
+        rows: Of `CrossValidation.folds`.
+    """
+
+    at_training: Floats
+    at_sky: Floats
+    temperature: float
+    rows: list[dict[str, Any]]
+
+
 class _SharedEmbeddingsTrainer(FrozenStageTrainer):
     """The frozen stage on embeddings that all folds share."""
 
@@ -173,38 +190,23 @@ def cross_validate(
     check_labels(galaxies, model)
     labels = check_classes(galaxies, folds=folds)
     check_classes(galaxies, folds=3)  # one each to train on, to validate with and to test
-    shares = measure_prevalence(galaxies) if sky_prevalence is None else check_prevalence(sky_prevalence, model.config)
-    sky = [shares[name] for name in model.config.label_names]
+    sky = measure_prevalence(galaxies) if sky_prevalence is None else check_prevalence(sky_prevalence, model.config)
     frozen, unfrozen = choose_arguments(frozen, unfrozen)
     shared = _embed(model, processor, galaxies, frozen)
     fold_of, duplicates, groups = _find_folds(galaxies, labels, shared, folds=folds, seed=seed)
-    probabilities = np.empty((len(galaxies), len(model.config.label_names)))
-    at_sky, rows, temperatures = np.empty_like(probabilities), [], []
     cut = [_split(galaxies, labels, fold_of, groups, fold=fold, seed=seed, balance=balance) for fold in range(folds)]
-    for fold, splits in enumerate(cut):
-        _check_every_class_is_there(fold, splits)
     choices = {"balance": balance, "folds": folds, "seed": seed, "skip_unfrozen": skip_unfrozen}
     fingerprint = fingerprint_run(model, processor, {"galaxies": galaxies}, (frozen, unfrozen), **choices)
     second = None if skip_unfrozen else unfrozen
+    judged = []
     with _open_work_dir(work_dir, delete_first=overwrite) as folder:
         check_same_run(folder, fingerprint)
         for fold, splits in enumerate(cut):
             set_seed(seed + fold)
             fold_model = _new_model(model, splits["train"])
             stages = _train(fold_model, processor, splits, shared, frozen, second, folder / f"fold-{fold}")
-            kept, trained_at = best_stage(stages), effective_training_prevalence(fold_model.config)
-            calibration = calibrate_head(kept.validation_outputs, splits["validation"]["label"][:], fold_model.config)
-            test = np.flatnonzero(fold_of == fold)
-            probabilities[test] = softmax(calibration.apply(np.asarray(kept.test_outputs)), axis=1)
-            at_sky[test] = probabilities_at_prevalence(
-                probabilities[test], assumed_prevalence=trained_at, prevalence=sky
-            )
-            temperatures.append(calibration.temperature[0])
-            rows += [_row(fold, stage, labels[test], is_kept=stage is kept) for stage in stages]
-            _report(fold, folds, next(row for row in rows[-len(stages) :] if row["is_kept"]), calibration)
-    table = judged_table(galaxies["id_str"][:], at_sky, labels, label_names=model.config.label_names)
-    table["fold"] = fold_of
-    return _judge(table, at_sky, probabilities, labels, sky, model, pd.DataFrame(rows), temperatures, duplicates)
+            judged.append(_judge_fold(fold, stages, splits, fold_model.config, sky, folds=folds))
+    return _join_folds(judged, galaxies, fold_of, duplicates, sky)
 
 
 def write_cross_validation(
@@ -401,22 +403,19 @@ def _split(
     train = galaxies.select(others[~is_validation])
     if balance is not None:
         train = balance_classes(train, seed=seed + fold, strategy=balance).dataset
-    return DatasetDict(
+    splits = DatasetDict(
         train=train,
         validation=galaxies.select(others[is_validation]),
         test=galaxies.select(np.flatnonzero(fold_of == fold)),
     )
-
-
-def _check_every_class_is_there(fold: int, splits: DatasetDict) -> None:
     for name in ("train", "validation"):
-        shares = measure_prevalence(splits[name])
-        missing = [label for label, share in shares.items() if share == 0]
+        missing = [label for label, share in measure_prevalence(splits[name]).items() if share == 0]
         if missing:
             raise ValueError(
                 f"without fold {fold} there is no galaxy of class {', '.join(missing)} in {name}: many of them are "
                 "near-duplicates of each other, which stay in one fold; add galaxies of this class."
             )
+    return splits
 
 
 def _fullest(part: Integers, labels: Integers) -> int:
@@ -472,6 +471,35 @@ def _train(
     return [StageResult(**values) for values in json.loads(finished.read_text())]
 
 
+def _judge_fold(
+    fold: int,
+    stages: list[StageResult],
+    splits: DatasetDict,
+    config: ZoobotConfig,
+    sky: Mapping[str, float],
+    *,
+    folds: int,
+) -> _Fold:
+    kept, labels = best_stage(stages), np.asarray(splits["test"]["label"][:])
+    calibration = calibrate_head(kept.validation_outputs, splits["validation"]["label"][:], config)
+    at_training = softmax(calibration.apply(np.asarray(kept.test_outputs)), axis=1)
+    at_sky = probabilities_at_prevalence(
+        at_training, assumed_prevalence=effective_training_prevalence(config), prevalence=list(sky.values())
+    )
+    rows = [_row(fold, stage, labels, is_kept=stage is kept) for stage in stages]
+    own = next(row for row in rows if row["is_kept"])
+    logger.info(
+        "Fold %d of %d, %s stage: accuracy %.3f, ROC AUC %.3f, temperature %.2f.",
+        fold + 1,
+        folds,
+        kept.name,
+        own["accuracy"],
+        own["roc_auc"],
+        calibration.temperature[0],
+    )
+    return _Fold(at_training, at_sky, calibration.temperature[0], rows)
+
+
 def _row(fold: int, stage: StageResult, labels: Integers, *, is_kept: bool) -> dict[str, Any]:
     scores = metrics_for_trainer(SINGLE_LABEL)(EvalPrediction(np.asarray(stage.test_outputs), labels))
     return {
@@ -485,42 +513,28 @@ def _row(fold: int, stage: StageResult, labels: Integers, *, is_kept: bool) -> d
     }
 
 
-def _report(fold: int, folds: int, row: dict[str, Any], calibration: Calibration) -> None:
-    logger.info(
-        "Fold %d of %d, %s stage: accuracy %.3f, ROC AUC %.3f, temperature %.2f.",
-        fold + 1,
-        folds,
-        row["stage"],
-        row["accuracy"],
-        row["roc_auc"],
-        calibration.temperature[0],
-    )
-
-
-def _judge(
-    table: pd.DataFrame,
-    at_sky: Floats,
-    at_training: Floats,
-    labels: Integers,
-    sky: list[float],
-    model: ZoobotForImageClassification,
-    folds: pd.DataFrame,
-    temperatures: list[float],
-    duplicates: pd.DataFrame,
+def _join_folds(
+    judged: list[_Fold], galaxies: Dataset, fold_of: Integers, duplicates: pd.DataFrame, sky: dict[str, float]
 ) -> CrossValidation:
-    names = model.config.label_names
-    own = (np.bincount(labels, minlength=len(names)) / len(labels)).tolist()
-    here = probabilities_at_prevalence(at_sky, assumed_prevalence=sky, prevalence=own)
-    scores = score_probabilities(here, labels, label_names=names)
-    is_sky_another = not np.allclose(sky, own, atol=1e-6)
+    """The galaxies of all folds in the order of the dataset, scored as they are and for the sky."""
+    names, labels, identifiers = list(sky), np.asarray(galaxies["label"][:]), galaxies["id_str"][:]
+    at_training, at_sky = np.empty((len(galaxies), len(names))), np.empty((len(galaxies), len(names)))
+    for fold, own in enumerate(judged):
+        at_training[fold_of == fold], at_sky[fold_of == fold] = own.at_training, own.at_sky
+    shares, here = list(sky.values()), list(measure_prevalence(galaxies).values())
+    as_they_are = probabilities_at_prevalence(at_sky, assumed_prevalence=shares, prevalence=here)
+    scores = score_probabilities(as_they_are, labels, label_names=names)
+    is_sky_another = not np.allclose(shares, here, atol=1e-6)
     return CrossValidation(
-        table,
-        scores.overall["accuracy"],
-        scores,
-        score_probabilities(at_sky, labels, label_names=names, sky_prevalence=sky) if is_sky_another else None,
-        folds,
-        temperatures,
-        find_doubtful_labels(table["id_str"].tolist(), at_training, labels, label_names=names),
-        duplicates,
-        dict(zip(names, sky, strict=True)),
+        table=judged_table(identifiers, at_sky, labels, label_names=names).assign(fold=fold_of),
+        accuracy=scores.overall["accuracy"],
+        scores=scores,
+        sky_scores=score_probabilities(at_sky, labels, label_names=names, sky_prevalence=shares)
+        if is_sky_another
+        else None,
+        folds=pd.DataFrame([row for own in judged for row in own.rows]),
+        temperatures=[own.temperature for own in judged],
+        doubtful=find_doubtful_labels(identifiers, at_training, labels, label_names=names),
+        duplicates=duplicates,
+        sky_prevalence=sky,
     )
