@@ -139,24 +139,6 @@ def test_completeness_along_a_column_has_its_unit(galaxies, drawn, tmp_path):
     check_files(path)
 
 
-def test_label_curves_have_a_line_for_each_series(drawn, tmp_path):
-    rows = [(name, k, 0.6, 0.5, 0.7) for name in ("Frozen", "Untrained") for k in (5, 10, 20)]
-    table = pd.DataFrame(
-        [*rows, ("One", 20, 0.8, np.nan, np.nan)], columns=["series", "labels", "value", "low", "high"]
-    )
-    probability_plots.plot_label_curve(table, tmp_path / "curve.png")
-    panel = drawn[0].axes[0]
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["Frozen", "Untrained", "One"]
-    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["5", "10", "20"]
-    styles = {(line.get_linestyle(), line.get_color()) for line in panel.lines if len(line.get_xydata()) == 3}
-    assert len(styles) >= 2
-    check_files(tmp_path / "curve.png")
-    with pytest.raises(ValueError, match="order names 'Two'; the table has Frozen, Untrained, One"):
-        probability_plots.plot_label_curve(table, tmp_path / "curve.png", order=["Two"])
-    with pytest.raises(ValueError, match="table lacks value, low; it needs series, labels, value, low and high"):
-        probability_plots.plot_label_curve(table.drop(columns=["value", "low"]), tmp_path / "curve.png")
-
-
 def test_label_curves_of_several_scores_stand_below_each_other_with_the_law(drawn, tmp_path):
     numbers, generator = np.array([5, 10, 20, 40]), np.random.default_rng(0)
     rows = [(s, score, k, 0.6, 0.5, 0.7) for s in ("One", "Two") for score in ("accuracy", "log_loss") for k in numbers]

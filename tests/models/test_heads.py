@@ -355,9 +355,8 @@ def test_predictions_for_the_sky_need_both_prevalences(missing):
 
 
 def test_a_prevalence_that_is_neither_is_refused():
-    for function in (logit_correction, lambda config, **given: probabilities_from_logits(LOGITS, config, **given)):
-        with pytest.raises(ValueError, match="prevalence is 'field'; choose one of training, sky"):
-            function(config_of(**PREVALENCES), prevalence="field")
+    with pytest.raises(ValueError, match="prevalence is 'field'; choose one of training, sky"):
+        probabilities_from_logits(LOGITS, config_of(**PREVALENCES), prevalence="field")
 
 
 @pytest.mark.parametrize("head_type", ["linear", "mlp"])

@@ -13,7 +13,6 @@ fitted.
 
 import functools
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +165,7 @@ def fit_calibration(
     truth = np.asarray(labels)
     problems = _problems(scores, truth, problem_type, training_prevalence)
     galaxies = count_labelled(truth)
-    fits = [_fit_scale_and_shift(problem, method=method, spread=SPREAD_OF_SCALES) for problem in problems]
+    fits = [_fit_scale_and_shift(problem, method=method) for problem in problems]
     before = float(np.mean([problem.log_loss() for problem in problems]))
     after = float(np.mean([p.log_loss(*fit) for p, fit in zip(problems, fits, strict=True)]))
     if not after < before - 1e-12:
@@ -513,18 +512,14 @@ def _fit_scale_and_shift(
     method: str,
     weights: Floats | None = None,
     start: Floats | None = None,
-    spread: float = math.inf,
 ) -> _Map:
-    """The scale and shift of each class with the lowest log loss; convex, so that there is one.
-
-    With a `spread`, the standard deviation of a Gaussian prior around 1, the scale is the most probable one.
-    """
+    """The most probable scale and shift of each class; convex, so that there is one."""
     count = problem.scores.shape[1]
     scales = count if method == "vector" else 1
     shifts = 0 if method == "temperature" else count - 1  # the last class' shift is 0: only differences matter
     shares = np.full(len(problem.classes), 1 / len(problem.classes)) if weights is None else weights / weights.sum()
     rows = np.arange(len(problem.classes))
-    precision = 1 / (spread**2 * len(rows))
+    precision = 1 / (SPREAD_OF_SCALES**2 * len(rows))
 
     def loss_and_slope(parameters: Floats) -> tuple[float, Floats]:
         shift = np.append(parameters[scales:], np.zeros(count - shifts))
@@ -552,7 +547,7 @@ def _calibration_draws(problem: _Problem, *, draws: int, seed: int) -> list[_Map
     # Without the prior, the scale of a few galaxies that are told apart nearly without error runs away: of 30 to 200
     # validation galaxies, drawn 150 times, 90% intervals held the prevalence in 56-89% and counts in 51-87% of the
     # draws; with it in 85-91% and 80-91%.
-    fit = functools.partial(_fit_scale_and_shift, problem, method="bias_corrected", spread=SPREAD_OF_SCALES)
+    fit = functools.partial(_fit_scale_and_shift, problem, method="bias_corrected")
     best = fit()
     start = np.append(best[0][:1], (best[1] - best[1][-1])[:-1])
     return [

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .intervals import CONFIDENCE, Estimate, check_confidence
+from .intervals import CONFIDENCE, Estimate
 
 EXPONENTS = np.geomspace(0.02, 3, 200)
 DRAWS = 1000
 FEWEST_POINTS = 4  # one more than the law has numbers
+GAIN = 0.01  # how much less error is asked for
 FURTHEST = 10.0  # times the most labels that were tried; beyond, the law's form decides and not the measurements
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -62,18 +63,14 @@ class Extrapolation:
     Attributes:
         law: The fitted one, of the error against the labelled galaxies of each class.
         labels: The most labelled galaxies of each class that were tried.
-        gain: How much less error is asked for, 0-1.
-        more: How many more galaxies, of all classes together, have to be labelled for that, with its interval;
-            infinite where no number is enough.
-        confidence: Of the interval, 0-1.
+        more: How many more galaxies, of all classes together, have to be labelled for an error that is 0.01 lower, with
+            its 90% interval; infinite where no number is enough.
         can_tell: Whether the interval ends within ten times the labels that were tried.
     """
 
     law: PowerLaw
     labels: int
-    gain: float
     more: Estimate
-    confidence: float
     can_tell: bool
 
     def describe(self, score: str = "accuracy") -> str:
@@ -82,12 +79,12 @@ class Extrapolation:
         Args:
             score: What 1 - error is called.
         """
-        aim = f"{100 * self.gain:g} more point{'s' if self.gain > 0.01 else ''} of {score}"
+        aim = f"1 more point of {score}"
         start = f"beyond {self.labels} of each class"
         if self.can_tell:
             return (
                 f"about {_rounded(self.more.value)} more labels {start} for {aim} "
-                f"({self.confidence:.0%} interval: {_rounded(self.more.low)} to {_rounded(self.more.high)})"
+                f"({CONFIDENCE:.0%} interval: {_rounded(self.more.low)} to {_rounded(self.more.high)})"
             )
         if math.isinf(self.more.low):
             return f"no number of labels {start} seems to bring {aim}: the curve is flat"
@@ -121,12 +118,10 @@ def extrapolate(
     errors: npt.ArrayLike,
     *,
     classes: int,
-    gain: float = 0.01,
-    confidence: float = CONFIDENCE,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Extrapolation:
-    """How many more labels lower the error by some gain, from runs with several seeds at each number of labels.
+    """How many more labels lower the error by 0.01, from runs with several seeds at each number of labels.
 
     The law is fitted to the mean over the seeds; the interval comes from drawing that mean from Student's t
     distribution, as the runs of so few seeds allow. With 2 to 5 seeds it is still too narrow: 90% intervals held the
@@ -137,15 +132,12 @@ def extrapolate(
         labels: Numbers of labelled galaxies of each class, (points,).
         errors: (seeds, points), 0-1.
         classes: How many classes there are.
-        gain: How much less error is asked for.
-        confidence: Share of the draws inside the interval, 0-1.
         draws: How often the mean is drawn.
         seed: Decides the draws.
 
     Raises:
         ValueError: What `fit_power_law` refuses, or fewer than two seeds.
     """
-    check_confidence(confidence)
     numbers, runs = np.asarray(labels, dtype=np.float64), np.asarray(errors, dtype=np.float64)
     if len(runs) < 2:
         raise ValueError(f"errors are of {len(runs)} seed; an interval needs at least 2.")
@@ -154,12 +146,12 @@ def extrapolate(
     law = fit_power_law(numbers, runs.mean(axis=0), weights=weights)
     means = _draw_means(runs, draws=draws, seed=seed)
     last = numbers.max()
-    more = np.sort([_more_labels(drawn, last, gain) for drawn in _fit(numbers, means, weights)])
-    ends = [math.floor((1 - confidence) / 2 * (draws - 1)), math.ceil((1 + confidence) / 2 * (draws - 1))]
+    more = np.sort([_more_labels(drawn, last) for drawn in _fit(numbers, means, weights)])
+    ends = [math.floor((1 - CONFIDENCE) / 2 * (draws - 1)), math.ceil((1 + CONFIDENCE) / 2 * (draws - 1))]
     low, high = (float(more[end]) for end in ends)  # no quantile, which lies half-way between finite and infinite
-    value = _more_labels(law, last, gain)
+    value = _more_labels(law, last)
     estimate = Estimate(classes * value, classes * min(low, value), classes * max(high, value))
-    return Extrapolation(law, int(last), gain, estimate, confidence, bool(max(high, value) <= (FURTHEST - 1) * last))
+    return Extrapolation(law, int(last), estimate, bool(max(high, value) <= (FURTHEST - 1) * last))
 
 
 def _draw_means(runs: Floats, *, draws: int, seed: int) -> Floats:
@@ -172,8 +164,8 @@ def _draw_means(runs: Floats, *, draws: int, seed: int) -> Floats:
     return np.asarray(np.clip(drawn, 0, 1))
 
 
-def _more_labels(law: PowerLaw, labels: float, gain: float) -> float:
-    return law.labels_for(float(law(labels)) - gain) - labels
+def _more_labels(law: PowerLaw, labels: float) -> float:
+    return law.labels_for(float(law(labels)) - GAIN) - labels
 
 
 def _fit(labels: Floats, errors: Floats, weights: Floats) -> list[PowerLaw]:

@@ -221,47 +221,21 @@ def plot_completeness_by_column(
     _save(figure, [upper, lower], path)
 
 
-def plot_label_curve(
-    table: pd.DataFrame, path: str | Path, *, score: str = "Accuracy", order: Sequence[str] | None = None
-) -> None:
-    """Draw a score against the number of labelled galaxies of each class, with intervals, a line for each series.
-
-    Args:
-        table: A row for each point: `series` (its name), `labels` (galaxies of each class), `value`, `low` and `high`;
-            the last two NaN where there is no interval.
-        path: Where the PNG is written, a PDF beside it; the folder is made.
-        score: What the value is, for the axis.
-        order: The series to draw, in this order; all of them in the table's order when absent.
-
-    Raises:
-        ValueError: The table lacks a column, or a series.
-    """
-    _check_label_curve(table, ("series", "labels", "value", "low", "high"))
-    names = list(table["series"].unique()) if order is None else list(order)
-    figure = Figure(figsize=(COLUMN_WIDTH, 2.7), layout="constrained")
-    panel = figure.subplots()
-    _draw_label_curves(panel, table, names)
-    panel.set_xlabel("Labelled galaxies of each class", fontsize=FONT_SIZE)
-    panel.set_ylabel(score, fontsize=FONT_SIZE)
-    panel.legend(fontsize=SMALL_FONT_SIZE, frameon=False)
-    _save(figure, [panel], path)
-
-
 def plot_label_curves(
     table: pd.DataFrame, path: str | Path, *, scores: Mapping[str, str], extrapolation: Extrapolation | None = None
 ) -> None:
     """Draw several scores against the number of labelled galaxies of each class, one below the other.
 
     Args:
-        table: As in `plot_label_curve`, with `score`, the name of the score of each row.
+        table: A row for each point: `series` (its name), `score` (that of the score), `labels` (galaxies of each
+            class), `value`, `low` and `high`; the last two NaN where there is no interval.
         path: Where the PNG is written, a PDF beside it; the folder is made.
         scores: For each score to draw its name on the axis, from the top down.
         extrapolation: Of 1 - the first score: its law is drawn, and what it says stands above; none when absent.
 
     Raises:
-        ValueError: The table lacks a column, or a score.
+        ValueError: The table lacks a score.
     """
-    _check_label_curve(table, ("series", "score", "labels", "value", "low", "high"))
     unknown = [score for score in scores if score not in set(table["score"])]
     if unknown:
         raise ValueError(f"scores name {unknown[0]!r}; the table has {', '.join(map(str, table['score'].unique()))}.")
@@ -282,18 +256,9 @@ def plot_label_curves(
     _save(figure, panels, path)
 
 
-def _check_label_curve(table: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [name for name in columns if name not in table]
-    if missing or len(table) == 0:
-        *first, last = columns
-        raise ValueError(f"table lacks {', '.join(missing) or 'rows'}; it needs {', '.join(first)} and {last}.")
-
-
 def _draw_label_curves(panel: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     for number, name in enumerate(names):
         points = table[table["series"] == name].sort_values("labels")
-        if len(points) == 0:
-            raise ValueError(f"order names {name!r}; the table has {', '.join(map(str, table['series'].unique()))}.")
         linestyle, marker = STYLES[number % len(STYLES)]
         # A little apart, or the intervals of one number of labels cover each other.
         numbers = points["labels"] * 1.04 ** (number - (len(names) - 1) / 2)

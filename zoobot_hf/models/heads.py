@@ -211,12 +211,11 @@ def prevalence_shift(old: Sequence[float], new: Sequence[float], *, problem_type
     return [math.log(b / (1 - b)) - math.log(a / (1 - a)) for a, b in zip(before, after, strict=True)]
 
 
-def logit_correction(config: ZoobotConfig, *, prevalence: str | None = None) -> tuple[list[float], list[float]] | None:
+def logit_correction(config: ZoobotConfig) -> tuple[list[float], list[float]] | None:
     """The scale and the shift of each label that turn a head's logits into the model's outputs.
 
     Args:
         config: The model's configuration.
-        prevalence: "training" or "sky"; the configuration's `predictions_for` when absent.
 
     Returns:
         Outputs are logits * scale + shift, both in the order of the labels; None where nothing is changed.
@@ -224,12 +223,9 @@ def logit_correction(config: ZoobotConfig, *, prevalence: str | None = None) -> 
     Raises:
         ValueError: The configuration's temperature, shift or prevalences don't fit its labels, or lack.
     """
-    wanted = prevalence or config.predictions_for
-    if wanted not in PREVALENCES:
-        raise ValueError(f"prevalence is {wanted!r}; choose one of {', '.join(PREVALENCES)}.")
-    if config.problem_type == "regression" or (
-        config.calibration_temperature is None and config.calibration_shift is None and wanted == "training"
-    ):
+    is_for_sky = config.predictions_for == "sky"
+    is_calibrated = config.calibration_temperature is not None or config.calibration_shift is not None
+    if config.problem_type == "regression" or not (is_for_sky or is_calibrated):
         return None
     temperature = 1.0 if config.calibration_temperature is None else config.calibration_temperature
     temperatures = temperature if isinstance(temperature, (list, tuple)) else [temperature] * config.num_labels
@@ -237,7 +233,7 @@ def logit_correction(config: ZoobotConfig, *, prevalence: str | None = None) -> 
     for name, values in (("calibration_temperature", temperatures), ("calibration_shift", shift)):
         if len(values) != config.num_labels:
             raise ValueError(f"{name} has {len(values)} values for {config.num_labels} labels; give one for each.")
-    if wanted == "sky":
+    if is_for_sky:
         shift = [own + added for own, added in zip(shift, _shift_to_sky(config), strict=True)]
     return [1 / temperature for temperature in temperatures], list(shift)
 
