@@ -79,7 +79,8 @@ def test_a_finetuned_tree_predicts_as_it_did(tree_file, images, caplog):
     assert torch.allclose(model(images).concentrations, original(images), atol=1e-5)
     assert model.config.head_dropout == 0.3
     assert model.config.encoder_name == "FinetuneableZoobotTree.ckpt"
-    assert "Took the head of FinetuneableZoobotTree.ckpt: smooth-or-featured-dr5_smooth, " in caplog.text
+    assert "Took the head of FinetuneableZoobotTree.ckpt: output 0 for smooth-or-featured-dr5_smooth, o" in caplog.text
+    assert "is new" not in caplog.text
 
 
 def test_a_finetuned_classifier_predicts_as_it_did(classifier_file, images):
@@ -96,6 +97,31 @@ def test_a_finetuned_regressor_predicts_as_it_did(tmp_path, images):
     model = ZoobotForImageClassification.from_pretrained(path, label_names=["ring_fraction"])
     assert model.config.problem_type == "regression"
     assert torch.allclose(model(images).logits, original(images).sigmoid(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "asked", "labels"),
+    [
+        (34, {"decision_tree": load_survey("euclid").to_dict()}, 46),
+        (34, {"label_names": ["not ring", "ring"]}, 2),
+        (3, {"decision_tree": DECALS}, 34),
+        (3, {"label_names": ["not ring", "ring"]}, 2),
+        (3, {"head_type": "mlp"}, 3),
+        (3, {"pooling": "mean"}, 3),
+        (1, {"label_names": ["not ring", "ring"], "problem_type": "single_label_classification"}, 2),
+    ],
+)
+def test_another_head_is_new_on_the_files_encoder(outputs, asked, labels, tmp_path, images, caplog):
+    original = FinetunedByZoobot(outputs, is_tree=outputs == 34)
+    path = save(original, tmp_path / "old.ckpt", **({"unit_interval": True} if outputs == 1 else {}))
+    kind = ZoobotForGalaxyZoo if "decision_tree" in asked else ZoobotForImageClassification
+    with caplog.at_level(logging.INFO):
+        model = kind.from_pretrained(path, **asked)
+    before = original.encoder.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.encoder.timm_model.state_dict().items())
+    assert (model.config.num_labels, model.config.unit_interval) == (labels, False)
+    assert "The old head of old.ckpt was left out." in caplog.text
+    assert "is new, to be trained" in caplog.text
 
 
 def test_a_model_that_was_loaded_from_zoobot_is_saved_as_ours(tree_file, images, tmp_path):
@@ -214,34 +240,9 @@ def test_another_lightning_model_is_refused(names, tmp_path):
         read_zoobot_file(tmp_path / "odd.ckpt")
 
 
-def test_another_surveys_tree_is_refused(tree_file):
-    _, path = tree_file
-    message = (
-        r"Tree\.ckpt has a linear head with 34 outputs, and the decision tree 'euclid' has 46 \(smooth-or-featured-eu"
-    )
-    with pytest.raises(ValueError, match=message):
-        ZoobotForGalaxyZoo.from_pretrained(path, decision_tree=load_survey("euclid").to_dict())
-
-
-def test_another_number_of_labels_is_refused(classifier_file):
-    _, path = classifier_file
-    message = (
-        r"Classifier.ckpt has a linear head with 3 outputs, and label_names has 2 \(a, b\) of a linear one; give what"
-    )
-    with pytest.raises(ValueError, match=message):
-        ZoobotForImageClassification.from_pretrained(path, label_names=["a", "b"])
-
-
-def test_another_kind_of_head_is_refused(tree_file, classifier_file):
-    with pytest.raises(ValueError, match=r"Tree\.ckpt is loaded with ZoobotForGalaxyZoo: its head is of that kind"):
+def test_a_trees_file_needs_labels_for_a_classifier(tree_file):
+    with pytest.raises(ValueError, match=r"Tree\.ckpt answers a decision tree; load it with ZoobotForGalaxyZoo, or gi"):
         ZoobotForImageClassification.from_pretrained(tree_file[1])
-    with pytest.raises(ValueError, match=r"Classifier\.ckpt is loaded with ZoobotForImageClassification"):
-        ZoobotForGalaxyZoo.from_pretrained(classifier_file[1], decision_tree=DECALS)
-
-
-def test_a_head_is_not_put_on_other_embeddings(classifier_file):
-    with pytest.raises(ValueError, match=r"pooling is 'mean'; the head of Fine.*\.ckpt takes 'pooler': leave it out"):
-        ZoobotForImageClassification.from_pretrained(classifier_file[1], pooling="mean")
 
 
 def test_a_tree_is_needed(tree_file):

@@ -167,7 +167,8 @@ class Checkpoint:
             loaded = load_encoder(self.folder, dtype=dtype)
         else:
             loaded = load_zoobot_encoder(self.zoobot_model, fields.pop("encoder_config", None), dtype=dtype)
-            fields = {**self.zoobot_model.config_fields(), **fields}
+            old = {} if self.keeps_zoobot_head() else FIELDS_OF_OLD_LABELS
+            fields = {**self.zoobot_model.config_fields(), **old, **fields}
             fields.setdefault("id2label", {i: f"LABEL_{i}" for i in range(len(self.zoobot_model.head_bias))})
         fields = {"pooling": loaded.pooling, "encoder_name": self.repository, **fields}
         config = ZoobotConfig(loaded.model.config, **fields)
@@ -180,37 +181,30 @@ class Checkpoint:
         )
         return loaded.model, config
 
+    def keeps_zoobot_head(self) -> bool:
+        """Whether it is a `.ckpt` file whose head is of the kind that was asked for, with as many outputs."""
+        old = self.zoobot_model
+        if old is None:
+            return False
+        asks_for_tree = self.fields.get("decision_tree") is not None
+        count = len(self.fields.get("id2label", old.head_bias))
+        reading = (self.fields.get("pooling", "pooler"), self.fields.get("head_type", "linear"))
+        return (asks_for_tree, count, *reading) == (old.answers_a_tree, len(old.head_bias), "pooler", "linear")
+
     def copy_zoobot_head(self, head: nn.Sequential, config: ZoobotConfig) -> None:
-        """Copies the weights of a finetuned Zoobot model's head.
+        """Copies the weights of a finetuned Zoobot model's head, output by output.
 
         Args:
             head: The new head.
             config: The new model's configuration.
-
-        Raises:
-            ValueError: The old head has another number of outputs or reads other embeddings, or answers a decision
-                tree and the new one doesn't.
         """
         old = self.zoobot_model
         assert old is not None
-        tree = config.decision_tree
-        if old.answers_a_tree != (tree is not None):
-            kinds = ("ZoobotForImageClassification", "ZoobotForGalaxyZoo")
-            raise ValueError(f"{self.name} is loaded with {kinds[old.answers_a_tree]}: its head is of that kind.")
-        if config.pooling != "pooler":
-            raise ValueError(f"pooling is {config.pooling!r}; the head of {self.name} takes 'pooler': leave it out.")
-        if len(old.head_bias) != config.num_labels or config.head_type != "linear":
-            names = f"{', '.join(config.label_names[:5])}{', ...' if config.num_labels > 5 else ''}"
-            wanted = f"the decision tree {tree['name']!r}" if tree else "label_names"
-            raise ValueError(
-                f"{self.name} has a linear head with {len(old.head_bias)} outputs, and {wanted} has "
-                f"{config.num_labels} ({names}) of a {config.head_type} one; give what it was trained on. For a new "
-                "head, save its encoder first: ZoobotModel.from_pretrained(...).save_pretrained(folder)."
-            )
         with torch.no_grad():
             cast(nn.Linear, head[-1]).weight.copy_(old.head_weight)
             cast(nn.Linear, head[-1]).bias.copy_(old.head_bias)
-        logger.info("Took the head of %s: %s.", self.name, ", ".join(config.label_names))
+        pairs = ", ".join(f"output {number} for {name}" for number, name in enumerate(config.label_names))
+        logger.info("Took the head of %s: %s.", self.name, pairs)
 
 
 def _labels_of(fields: dict[str, Any]) -> dict[str, Any]:

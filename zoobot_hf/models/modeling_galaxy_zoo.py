@@ -61,9 +61,9 @@ class ZoobotForGalaxyZoo(ModelWithHead):
         head's answers start from the old head's where both trees have the same answer: the same vote column, or, for
         a question without one, the same texts of question and answer, to the letter, once what `suffixes` names is
         taken off the questions' ends. Where the old tree has the question several times, the one with the most answers
-        in common counts, and the last of these. A `.ckpt` file of
-        Zoobot's, or a repository that holds one, is taken as it is; the tree is not in it and has to be given, and
-        only the number of answers can be checked. Any other repository is an encoder and gets a new head.
+        in common counts, and the last of these. A `.ckpt` file of Zoobot's, or a repository that holds one, is taken
+        as it is where the tree has as many answers as it has outputs; the tree is not in it and has to be given, and
+        nothing but this number can be checked. Any other repository is an encoder and gets a new head.
 
         Args:
             pretrained_model_name_or_path: A local folder, a `.ckpt` file or a Hub id.
@@ -73,7 +73,7 @@ class ZoobotForGalaxyZoo(ModelWithHead):
 
         Raises:
             OSError: No such folder or repository, or no network.
-            ValueError: The checkpoint doesn't fit its configuration or, from Zoobot, the tree; or there is no tree.
+            ValueError: The checkpoint doesn't fit its configuration, or there is no tree.
         """
         source = Checkpoint.find(pretrained_model_name_or_path, kwargs)
         if source.is_ours and not source.asks_for_new_head():
@@ -91,7 +91,7 @@ class ZoobotForGalaxyZoo(ModelWithHead):
         model = cls._with_new_head(encoder, config, source)
         if old is not None:
             model._start_from(old)
-        elif source.zoobot_model is None:
+        elif not source.keeps_zoobot_head():
             logger.info(
                 "The %s head for the decision tree %r is new, to be trained.", config.head_type, model.tree_name
             )

@@ -208,7 +208,7 @@ class ZoobotModel(ZoobotPreTrainedModel):
         """A trained encoder: a zoobot_hf repository's, one in timm's layout, or any vision model of `AutoModel`.
 
         Args:
-            pretrained_model_name_or_path: A local folder or a Hub id.
+            pretrained_model_name_or_path: A local folder, a `.ckpt` file of Zoobot's, or a Hub id.
             **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `dtype`,
                 float32 when absent; fields of `ZoobotConfig`; for a zoobot_hf repository whatever else transformers
                 takes, but `output_loading_info`.
@@ -256,8 +256,10 @@ class ModelWithHead(ZoobotPreTrainedModel):
         """A model with this encoder and a new head, or that of a `.ckpt` file of Zoobot's."""
         model = cls._around(encoder, config)
         model.head = build_head(config).to(encoder.device, encoder.dtype).eval()
-        if source.zoobot_model is not None:
+        if source.keeps_zoobot_head():
             source.copy_zoobot_head(model.head, config)
+        elif source.zoobot_model is not None:
+            logger.info("The old head of %s was left out.", source.name)
         return model
 
     def _run_head(self, pixel_values: Tensor | None, embeddings: Tensor | None) -> Tensor:
@@ -294,20 +296,26 @@ class ZoobotForImageClassification(ModelWithHead):
         """A finetuned model as it is, or a trained encoder with a new head; the log says which.
 
         A zoobot_hf repository is taken as it is, unless another head is asked for: other labels, another problem, head
-        type or pooling. So is a `.ckpt` file of Zoobot's, or a repository that holds one, with as many labels as
-        outputs. Any other repository is an encoder and gets a new head.
+        type or pooling. So is a `.ckpt` file of Zoobot's, or a repository that holds one, where its outputs are as many
+        as the labels, whose names it doesn't have: the log says which output is taken for which label. Any other
+        repository is an encoder and gets a new head.
 
         Args:
-            pretrained_model_name_or_path: A local folder or a Hub id.
+            pretrained_model_name_or_path: A local folder, a `.ckpt` file of Zoobot's, or a Hub id.
             **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `dtype`,
                 float32 when absent; `label_names` (or transformers' `id2label` or `num_labels`) and other fields of
                 `ZoobotConfig`; for a zoobot_hf repository whatever else transformers takes, but `output_loading_info`.
 
         Raises:
             OSError: No such folder or repository, or no network.
-            ValueError: The checkpoint doesn't fit its configuration.
+            ValueError: The checkpoint doesn't fit its configuration, or is of a decision tree, and no labels are given.
         """
         source = Checkpoint.find(pretrained_model_name_or_path, kwargs)
+        if source.zoobot_model is not None and source.zoobot_model.answers_a_tree and "id2label" not in source.fields:
+            raise ValueError(
+                f"{source.name} answers a decision tree; load it with ZoobotForGalaxyZoo, or give label_names for a "
+                "new head."
+            )
         if source.is_ours and not source.asks_for_new_head():
             model = cls._from_own_repository(source)
             logger.info("Loaded %s with its head: %s.", source.name, ", ".join(source.wanted_config().label_names))
@@ -318,7 +326,7 @@ class ZoobotForImageClassification(ModelWithHead):
         else:
             encoder, config = source.load_foreign_encoder()
         model = cls._with_new_head(encoder, config, source)
-        if source.zoobot_model is None:
+        if not source.keeps_zoobot_head():
             logger.info("The %s head is new, to be trained: %s.", config.head_type, ", ".join(config.label_names))
         return model
 
