@@ -1035,6 +1035,9 @@ def test_predict_refuses_an_encoder_without_a_trained_head(shared_galaxy_folder,
     arguments = ("--images", shared_galaxy_folder, "--output", tmp_path / "table.csv")
     line = refused("predict", "--model", encoder_folder, *arguments)
     assert "which zoobot-hf has not finetuned; run zoobot-hf finetune --encoder" in line
+    (tmp_path / "rings.ckpt").touch()
+    line = refused("predict", "--model", tmp_path / "rings.ckpt", *arguments)
+    assert "rings.ckpt', a checkpoint of Zoobot's, which doesn't name its outputs; load it with" in line
 
 
 def test_predict_refuses_images_that_are_not_there(model_folder, tmp_path, refused):

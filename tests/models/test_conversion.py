@@ -661,6 +661,9 @@ def test_a_finetuned_models_own_processor_is_taken(finetuned, caplog):
     changed = image_processor_for(finetuned, zoom=2.5, fits_bands=["0:2"])
     assert (changed.pixels, changed.zoom, changed.fits_bands) == (40, 2.5, ["0:2"])
     assert not caplog.text
+    (finetuned / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError, match=r"finetuned holds a model without its image processor; save that beside it with"):
+        image_processor_for(finetuned)
 
 
 def test_a_finetuned_models_processor_is_taken_from_the_hub(finetuned, hub_token, upload, repo_id):

@@ -12,6 +12,7 @@ from ..data.volunteers import simulate_votes_dataset
 from ..models.configuration_zoobot import ZoobotConfig
 from ..models.conversion import image_processor_for, local_copy, read_configuration
 from ..models.image_processing_zoobot import ZoobotImageProcessor
+from ..models.lightning_checkpoint import find_zoobot_file
 from ..models.modeling_galaxy_zoo import ZoobotForGalaxyZoo
 from ..models.modeling_zoobot import ModelWithHead, ZoobotForImageClassification
 from ..prediction.hub_datasets import HubDataset
@@ -75,6 +76,12 @@ def load_processor(encoder: str, options: argparse.Namespace) -> ZoobotImageProc
 
 def load_finetuned(name: str) -> tuple[ModelWithHead, ZoobotImageProcessor]:
     folder = local_copy(name)
+    if find_zoobot_file(folder) is not None:
+        raise ValueError(
+            f"model is {name!r}, a checkpoint of Zoobot's, which doesn't name its outputs; load it with "
+            "ZoobotForImageClassification and its label_names, or ZoobotForGalaxyZoo and its decision_tree, then save "
+            f"it and image_processor_for({name!r}) with save_pretrained into one folder."
+        )
     configuration = read_configuration(folder)
     if configuration.get("model_type") != ZoobotConfig.model_type:
         # from_pretrained would give it a new head, whose predictions are noise.
@@ -82,7 +89,7 @@ def load_finetuned(name: str) -> tuple[ModelWithHead, ZoobotImageProcessor]:
             f"model is {name!r}, which zoobot-hf has not finetuned; run zoobot-hf finetune --encoder {name}."
         )
     kind = ZoobotForGalaxyZoo if configuration.get("decision_tree") else ZoobotForImageClassification
-    return kind.from_pretrained(name), ZoobotImageProcessor.from_pretrained(folder)
+    return kind.from_pretrained(name), image_processor_for(folder)
 
 
 def stage_arguments(

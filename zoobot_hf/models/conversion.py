@@ -371,7 +371,7 @@ def image_processor_for(
         **hub_arguments: As in `local_copy`.
 
     Raises:
-        OSError: No such folder or repository, or no network.
+        OSError: No such folder or repository, no network, or a zoobot_hf repository without an image processor.
         ValueError: Another normalization, one that the repository doesn't state, or pixel values that aren't RGB in 0-1
             before it.
     """
@@ -388,6 +388,11 @@ def image_processor_for(
         return ZoobotImageProcessor(DEFAULT_PIXELS, num_channels=channels, **{"zoom": ZOOBOT_ZOOM, **changes})
     settings = read_configuration(folder)
     if settings.get("model_type") == ZoobotConfig.model_type:
+        if not (folder / "preprocessor_config.json").is_file():
+            raise OSError(
+                f"{name} holds a model without its image processor; save that beside it with "
+                "image_processor_for(source).save_pretrained(folder), where source is what the model was loaded from."
+            )
         own = ZoobotImageProcessor.from_pretrained(str(folder)).to_dict()
         return ZoobotImageProcessor.from_dict({**own, **changes})
     stated = _stated_processing(folder, settings)
