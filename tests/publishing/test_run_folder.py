@@ -63,8 +63,8 @@ def drawn(monkeypatch):
 def test_a_run_without_a_wrong_galaxy_has_no_figure_of_the_most_wrong(tmp_path, drawn, predicted, has_wrong):
     captions = draw_figures(
         tmp_path,
-        histories={},
-        kept_stage="frozen",
+        histories={"unfrozen": []},
+        kept_stage="unfrozen",
         kept_epoch=1,
         metrics={"confusion": []},
         label_names=["bar", "ring"],
@@ -73,6 +73,7 @@ def test_a_run_without_a_wrong_galaxy_has_no_figure_of_the_most_wrong(tmp_path, 
     )
     assert ("figures/most_wrong.png" in captions) == has_wrong
     assert len(drawn) == len(captions) == 2 + has_wrong
+    assert captions["figures/training_curves.png"] == "Loss by epoch; the kept epoch is marked."
 
 
 def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp_path, drawn):
@@ -82,7 +83,7 @@ def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp
     labels = ["z < 1", "???", "z > 1"]
     captions = draw_figures(
         tmp_path,
-        histories={},
+        histories={"frozen": []},
         kept_stage="frozen",
         kept_epoch=1,
         metrics={"confusion": []},
@@ -96,6 +97,7 @@ def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp
     # Curves of thresholds are for the same sky as the selections: two for each label.
     assert [{name: own[name] for name in sky} for own in drawn if "prevalence" in own] == [sky] * 6
     assert all(FIGURE_OF_RUN.fullmatch(path) for path in captions)
+    assert "In the frozen stage the training loss is the mean over all heads" in captions["figures/training_curves.png"]
     assert captions["figures/completeness_and_purity_z_1_0.png"].endswith("selected as 'z < 1', where 0.032% are.")
     assert captions["figures/roc_.png"] == "ROC, and purity against completeness where 0.032% are '???'."
 

@@ -27,6 +27,12 @@ from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 from .hub import FIGURES, METRICS, MODEL_CARD
 from .model_card import ModelCardFacts, StageFacts, render_model_card, share_to_show
 
+# Or the gap between them looks like overfitting, or its opposite. A stage without a grid has one head to be both.
+FROZEN_LOSSES = (
+    " In the frozen stage the training loss is the mean over all heads that were tried, with the augmentation if there "
+    "was any; the validation loss is that of the best head."
+)
+
 
 class JudgedLabel(NamedTuple):
     """A label's probabilities and truth, for the figures.
@@ -144,7 +150,8 @@ def draw_figures(
     """
     has_scores = any("eval_accuracy" in record for history in histories.values() for record in history)
     drawn = "Loss and scores" if has_scores else "Loss"
-    captions = {f"{FIGURES}/training_curves.png": f"{drawn} by epoch; the kept epoch is marked."}
+    curves = f"{drawn} by epoch; the kept epoch is marked.{FROZEN_LOSSES if 'frozen' in histories else ''}"
+    captions = {f"{FIGURES}/training_curves.png": curves}
     plot_training_curves(
         histories, folder / FIGURES / "training_curves.png", kept_stage=kept_stage, kept_epoch=kept_epoch
     )
