@@ -27,7 +27,7 @@ from zoobot_hf.models.modeling_zoobot import ZoobotPreTrainedModel
 from .hub import FIGURES, METRICS, MODEL_CARD
 from .model_card import ModelCardFacts, StageFacts, render_model_card, share_to_show
 
-# Or the gap between them looks like overfitting, or its opposite. A stage without a grid has one head to be both.
+# Unsaid, the gap between the two looks like overfitting or its opposite. Without a grid of heads, one head is both.
 FROZEN_LOSSES = (
     " In the frozen stage the training loss is the mean over all heads that were tried, with the augmentation if there "
     "was any; the validation loss is that of the best head."
@@ -142,8 +142,7 @@ def draw_figures(
         metrics: Of the judged galaxies, with `confusion` for a single label.
         label_names: In the order of the logits.
         images: Of the judged galaxies, in the table's order.
-        judged: As `plot_most_wrong` takes it, whose figure is left out where no galaxy is wrong; None for problems that
-            have no single true label.
+        judged: As `plot_most_wrong` takes it; None for problems that have no single true label.
         judged_labels: The labels whose probabilities are drawn.
         judged_votes: The votes that are drawn; None for a model without a decision tree.
         whose: The judged galaxies in words.
@@ -158,9 +157,8 @@ def draw_figures(
     if judged is not None:
         captions[f"{FIGURES}/confusion.png"] = f"True and predicted labels of the {whose}."
         plot_confusion(metrics["confusion"], label_names, folder / FIGURES / "confusion.png")
-        if (judged["label"] != judged["predicted_label"]).any():
-            captions[f"{FIGURES}/most_wrong.png"] = f"The {whose} that were predicted most wrongly, the worst first."
-            plot_most_wrong(images, judged, folder / FIGURES / "most_wrong.png")
+        captions[f"{FIGURES}/most_wrong.png"] = f"The {whose} that were predicted most wrongly, the worst first."
+        plot_most_wrong(images, judged, folder / FIGURES / "most_wrong.png")
     if judged_votes is not None:
         path = f"{FIGURES}/vote_fractions.png"
         plot_vote_fractions(
