@@ -11,7 +11,7 @@ import torch
 from processes import run_on_two
 from safetensors.torch import load_file
 from tiny_models import tiny_model
-from transformers import TrainerCallback, TrainingArguments, pipeline
+from transformers import ResNetConfig, ResNetModel, TrainerCallback, TrainingArguments, ViTImageProcessor, pipeline
 
 from zoobot_hf import (
     FrozenStageArguments,
@@ -506,6 +506,24 @@ def test_prevalences_and_aims_are_checked_before_training(options, message, run,
 def test_a_dataset_without_validation_is_refused(run, rings):
     with pytest.raises(ValueError, match="the dataset has no galaxies in validation; make the splits"):
         run("out", dataset=type(rings)({"train": rings["train"], "test": rings["test"]}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"processor": ViTImageProcessor()}, "processor is of the type ViTImageProcessor; give a ZoobotImageProc"),
+        ({"model": ResNetModel(ResNetConfig(hidden_sizes=[8], depths=[1]))}, "model is of the type ResNetModel; give"),
+    ],
+)
+def test_a_model_or_a_processor_of_another_class_is_refused(wrong, message, run):
+    with pytest.raises(ValueError, match=message):
+        run("out", **wrong)
+
+
+def test_a_split_without_a_column_is_named(run, rings):
+    rings["test"] = rings["test"].remove_columns("id_str")
+    with pytest.raises(ValueError, match=r"the split test has no column id_str; it has .*image.* rename_column"):
+        run("out", dataset=rings)
 
 
 def test_a_class_without_a_training_galaxy_is_named(run, rings):

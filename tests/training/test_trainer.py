@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.utils.data import DataLoader
-from transformers import ResNetConfig, TrainerCallback
+from transformers import ResNetConfig, TrainerCallback, TrainingArguments
 from transformers.models.convnext.modeling_convnext import ConvNextLayer
 
 from zoobot_hf import (
@@ -554,6 +554,7 @@ def test_none_is_an_unknown_label(trainer_class, layer_norm_model, galaxies, pro
     ("settings", "options", "name"),
     [
         ({"gradient_checkpointing": True}, {}, "gradient_checkpointing"),
+        ({"include_for_metrics": ["inputs"]}, {}, "inputs in include_for_metrics"),
         ({}, {"compute_loss_func": lambda *given: 0}, "compute_loss_func"),
         ({}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.5})}, "optimizer_cls_and_kwargs"),
     ],
@@ -567,6 +568,7 @@ def test_what_a_grid_of_heads_can_not_use_is_refused(
             frozen_arguments(tmp_path, **settings),
             processing_class=processor,
             train_dataset=galaxies,
+            eval_dataset=galaxies,
             **options,
         )
 
@@ -628,14 +630,38 @@ def test_streams_and_transforms_are_refused(
         trainer_class(layer_norm_model, arguments(tmp_path), processing_class=processor, **splits)
 
 
-def test_a_dataset_without_labels_is_refused(layer_norm_model, galaxies, processor, tmp_path):
-    with pytest.raises(ValueError, match="no column label; it has id_str, image"):
-        FrozenStageTrainer(
+@pytest.mark.parametrize(("column", "others"), [("label", "id_str, image"), ("image", "id_str, label")])
+def test_a_dataset_without_labels_or_images_is_refused(column, others, layer_norm_model, galaxies, processor, tmp_path):
+    with pytest.raises(ValueError, match=f"no column {column}; it has {others}"):
+        UnfrozenStageTrainer(
             layer_norm_model,
-            frozen_arguments(tmp_path),
+            unfrozen_arguments(tmp_path),
             processing_class=processor,
-            train_dataset=galaxies.remove_columns("label"),
+            train_dataset=galaxies.remove_columns(column),
         )
+
+
+@pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model", "model is of the type {}; give a ZoobotForImageClassification or ZoobotForGalaxyZoo, whose"),
+        ("processing_class", "processing_class is of the type {}; give a ZoobotImageProcessor, which image_proc"),
+        ("args", "args is of the type {}; give (Frozen|Unfrozen)StageArguments, or leave it out"),
+    ],
+)
+def test_what_is_of_another_class_is_refused(name, message, trainer_class, layer_norm_model, processor, tmp_path):
+    given = {"model": layer_norm_model, "processing_class": processor}
+    wrong = {"model": layer_norm_model.encoder, "args": TrainingArguments(str(tmp_path), use_cpu=True)}.get(name, "a/b")
+    with pytest.raises(ValueError, match=message.format(type(wrong).__name__)):
+        trainer_class(**given | {name: wrong})
+
+
+@pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
+def test_a_stage_without_arguments_takes_the_usual_ones(trainer_class, layer_norm_model, galaxies, processor):
+    arguments = trainer_class(layer_norm_model, processing_class=processor, eval_dataset=galaxies).args
+    assert type(arguments) is trainer_class.arguments_class
+    assert arguments.output_dir == "tmp_trainer"
 
 
 @pytest.mark.parametrize(

@@ -180,10 +180,8 @@ def store_embeddings(
     """The cache's file for a dataset, computed where it isn't there; arguments and errors as `compute_embeddings`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose {' or '.join(DTYPES)}.")
-    if "image" not in dataset.column_names:
-        raise ValueError(f"the dataset has no column image; it has {', '.join(dataset.column_names)}.")
     prepare_processes()
-    as_in_files = undecoded(dataset.select_columns("image"))
+    as_in_files = undecoded(dataset).select_columns("image")
     identities = [_identify(image) for image in _each_image(as_in_files)]
     first_rows: dict[str, int] = {}
     for row, identity in enumerate(identities):

@@ -34,7 +34,7 @@ from .stages import (
     forget_run,
     run_stages,
 )
-from .trainer import check_labels
+from .trainer import check_kinds, check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +113,13 @@ def finetune(
             and the run was finished and its checkpoints are gone.
         FileNotFoundError: The best checkpoint of the run to resume is gone.
         UnreadableImageError: Some images can't be read.
-        ValueError: Arguments of another class or with push_to_hub; the dataset lacks a split, or its labels aren't the
-            model's; a class without a training galaxy; a prevalence or an aim that doesn't fit, or one of these, or
-            balancing, where there are no classes; galaxies that are not those of `out_of_fold`, or a `sky_prevalence`
-            beside it; or the run to resume had other data or arguments.
+        ValueError: A model, a processor or arguments of another class, or with push_to_hub; the dataset lacks a split
+            or a column, or its labels aren't the model's; a class without a training galaxy; a prevalence or an aim
+            that doesn't fit, or one of these, or balancing, where there are no classes; galaxies that are not those of
+            `out_of_fold`, or a `sky_prevalence` beside it; or the run to resume had other data or arguments.
     """
     tune_memory_allocator()
+    check_kinds(model, processor)
     _check_splits(dataset, needed=SPLITS if out_of_fold is None else SPLITS_OF_FINAL_MODEL)
     if out_of_fold is not None:
         sky_prevalence = _sky_of(out_of_fold, given=sky_prevalence)
@@ -259,6 +260,13 @@ def _check_splits(dataset: DatasetDict, *, needed: Sequence[str]) -> None:
             f"the dataset has no galaxies in {', '.join(missing)}; make the splits with split_dataset. Validation "
             "galaxies choose between the stages, calibrate and set the threshold; test galaxies measure."
         )
+    for name, split in dataset.items():
+        absent = [column for column in ("id_str", "image") if column not in split.column_names]
+        if absent:
+            raise ValueError(
+                f"the split {name} has no column {', '.join(absent)}; it has {', '.join(split.column_names)}. Rename a "
+                "column with rename_column, or make the dataset with load_galaxy_dataset."
+            )
 
 
 def _sky_of(out_of_fold: CrossValidation, *, given: Mapping[str, float] | None) -> dict[str, float]:

@@ -23,8 +23,10 @@ def undecoded(dataset: Dataset) -> Dataset:
         dataset: With `image`.
 
     Raises:
-        ValueError: It has a transform of its own, which would get what is not decoded.
+        ValueError: It has no column `image`, or a transform of its own, which would get what is not decoded.
     """
+    if "image" not in dataset.column_names:
+        raise ValueError(f"the dataset has no column image; it has {', '.join(dataset.column_names)}.")
     if dataset.format["type"] == "custom":
         raise ValueError(
             "the dataset has a transform (with_transform, set_transform), which would not be applied; make new images "

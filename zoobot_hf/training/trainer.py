@@ -116,17 +116,24 @@ class _StageTrainer(Trainer):
     """
 
     args: FrozenStageArguments | UnfrozenStageArguments
+    arguments_class: type[FrozenStageArguments | UnfrozenStageArguments]
     stage_name: str
 
     def __init__(
         self,
         model: ModelWithHead,
-        args: FrozenStageArguments | UnfrozenStageArguments,
+        args: FrozenStageArguments | UnfrozenStageArguments | None = None,
         *,
         processing_class: ZoobotImageProcessor,
         train_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
+        args = self.arguments_class("tmp_trainer") if args is None else args  # Trainer's own name
+        check_kinds(model, processing_class, name="processing_class")
+        if not isinstance(args, self.arguments_class):
+            wanted = self.arguments_class.__name__
+            raise ValueError(f"args is of the type {type(args).__name__}; give {wanted}, or leave it out.")
+        self._choose_weights(model, args)
         for split in _list_splits(kwargs.get("eval_dataset")):
             check_labels(split, model)
         if train_dataset is not None:
@@ -143,6 +150,10 @@ class _StageTrainer(Trainer):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         # Of the evaluation that runs: each batch's loss times its weight, and the weight.
         self._weighted_losses: list[Tensor] = []
+
+    def _choose_weights(self, model: ModelWithHead, args: Any) -> None:
+        """Freezes what the stage doesn't train, before `Trainer` looks at the model."""
+        raise NotImplementedError
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """What `Trainer.train` returns.
@@ -337,39 +348,43 @@ class FrozenStageTrainer(_StageTrainer):
 
     Args:
         model: The model; its encoder is frozen here.
-        args: The stage's arguments.
+        args: The stage's arguments; the usual ones when absent.
         processing_class: The model's image processor.
         train_dataset: With `image` and `label`.
         **kwargs: What `Trainer` takes: `eval_dataset`, `compute_metrics`, `callbacks`, ...
 
     Raises:
-        ValueError: The dataset's labels aren't the model's, or an optimizer or a loss was given although the grid needs
-            its own.
+        ValueError: A model, a processor or arguments of another class; the dataset's labels aren't the model's; or what
+            the grid of heads can't use was given, such as an optimizer.
     """
 
     args: FrozenStageArguments
+    arguments_class = FrozenStageArguments
     stage_name = "frozen"
     optimizer: torch.optim.Optimizer | None
     train_dataset: Any
 
-    def __init__(self, model: ModelWithHead, args: FrozenStageArguments, **kwargs: Any) -> None:
+    def __init__(self, model: ModelWithHead, args: FrozenStageArguments | None = None, **kwargs: Any) -> None:
+        super().__init__(model, args, **kwargs)
         of_grid = {
             "optimizers": kwargs.get("optimizers", (None, None)) != (None, None),
             "optimizer_cls_and_kwargs": kwargs.get("optimizer_cls_and_kwargs") is not None,
             "compute_loss_func": kwargs.get("compute_loss_func") is not None,
-            "gradient_checkpointing": args.gradient_checkpointing,
+            "gradient_checkpointing": self.args.gradient_checkpointing,
+            "inputs in include_for_metrics": "inputs" in self.args.include_for_metrics,
         }
         given = [name for name, is_given in of_grid.items() if is_given]
-        if args.embedding_cache and given:
+        if self.args.embedding_cache and given:
             raise ValueError(
-                f"{', '.join(given)} given, but the grid of heads has its own optimizer and loss, and no encoder to "
-                "train; leave it out, or set embedding_cache=False."
+                f"{', '.join(given)} given, but the grid of heads has its own optimizer and loss, no images, and no "
+                "encoder to train; leave it out, or set embedding_cache=False."
             )
-        model.freeze_encoder()
-        super().__init__(model, args, **kwargs)
         self.whole_model = model
         # By the datasets' identities, with the datasets, so that none of them passes its identity on.
         self._stored_while_training: dict[int, tuple[Dataset, StoredEmbeddings]] = {}
+
+    def _choose_weights(self, model: ModelWithHead, args: FrozenStageArguments) -> None:
+        model.freeze_encoder()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """What `Trainer.train` returns; the model has its new head.
@@ -508,24 +523,28 @@ class UnfrozenStageTrainer(_StageTrainer):
 
     Args:
         model: The model, its head already trained; its encoder, or the last blocks of it, is unfrozen here.
-        args: The stage's arguments.
+        args: The stage's arguments; the usual ones when absent.
         processing_class: The model's image processor.
         train_dataset: With `image` and `label`.
         **kwargs: What `Trainer` takes: `eval_dataset`, `compute_metrics`, `callbacks`, ...
 
     Raises:
-        ValueError: The dataset's labels aren't the model's, or what `unfreeze_encoder` refuses.
+        ValueError: A model, a processor or arguments of another class; the dataset's labels aren't the model's; or what
+            `unfreeze_encoder` refuses.
     """
 
     args: UnfrozenStageArguments
+    arguments_class = UnfrozenStageArguments
     stage_name = "unfrozen"
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, model: ModelWithHead, args: UnfrozenStageArguments, **kwargs: Any) -> None:
-        model.unfreeze_encoder(args.last_blocks, keep_batch_norm_statistics=args.keep_batch_norm_statistics)
+    def __init__(self, model: ModelWithHead, args: UnfrozenStageArguments | None = None, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
         self._average: WeightAverage | None = None
         self._compared_at: int | None = None
+
+    def _choose_weights(self, model: ModelWithHead, args: UnfrozenStageArguments) -> None:
+        model.unfreeze_encoder(args.last_blocks, keep_batch_norm_statistics=args.keep_batch_norm_statistics)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """What `Trainer.train` returns; the model is trained where it is.
@@ -641,6 +660,29 @@ def _split_by_weight_decay(parameters: list[nn.Parameter], *, lr: float, weight_
         for chosen, decay in ((matrices, weight_decay), (vectors, 0.0))
         if chosen
     ]
+
+
+def check_kinds(model: ModelWithHead, processor: ZoobotImageProcessor, *, name: str = "processor") -> None:
+    """Checks that a model and its image processor are of this package.
+
+    Args:
+        model: The model.
+        processor: Its image processor.
+        name: What an error calls the processor.
+
+    Raises:
+        ValueError: They are of another class.
+    """
+    if not isinstance(model, ModelWithHead):
+        raise ValueError(
+            f"model is of the type {type(model).__name__}; give a ZoobotForImageClassification or ZoobotForGalaxyZoo, "
+            "whose from_pretrained takes any encoder."
+        )
+    if not isinstance(processor, ZoobotImageProcessor):
+        raise ValueError(
+            f"{name} is of the type {type(processor).__name__}; give a ZoobotImageProcessor, which image_processor_for "
+            "makes for any encoder."
+        )
 
 
 def check_labels(dataset: Dataset, model: ModelWithHead) -> None:
