@@ -326,7 +326,7 @@ def check_images(dataset: Dataset, *, prepare: Callable[[Any], object] | None = 
             f"{row['file_loc'] or row['id_str']}: {row['reason'].rstrip('.')}"
             for row in unreadable.head(5).to_dict("records")
         )
-        more = "; ..." if len(unreadable) > 5 else ""
+        more = "; ... (zoobot_hf.data.images.find_unreadable_images lists all)" if len(unreadable) > 5 else ""
         raise UnreadableImageError(
             f"{len(unreadable)} of {len(dataset)} images can't be read: {examples}{more}. Mend or remove them."
         )
