@@ -658,7 +658,10 @@ def test_what_is_of_another_class_is_refused(name, message, trainer_class, layer
 
 
 @pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
-def test_a_stage_without_arguments_takes_the_usual_ones(trainer_class, layer_norm_model, galaxies, processor):
+def test_a_stage_without_arguments_takes_the_usual_ones(
+    trainer_class, layer_norm_model, galaxies, processor, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     arguments = trainer_class(layer_norm_model, processing_class=processor, eval_dataset=galaxies).args
     assert type(arguments) is trainer_class.arguments_class
     assert arguments.output_dir == "tmp_trainer"
