@@ -99,6 +99,14 @@ def test_a_galaxy_may_have_several_rows_of_one_image(tmp_path):
     assert catalog_to_dataset(pd.concat([catalog, catalog]), label_column=None)["id_str"][:] == ["g0", "g1"] * 2
 
 
+def test_a_row_stays_one_whatever_the_index_of_the_table(tmp_path):
+    catalog = make_catalog(tmp_path, 3, ring=[1, 0, 0], mag=[17.0, 18.0, 19.0])[::-1]
+    galaxies = catalog_to_dataset(catalog, label_column="ring", keep_columns=["mag"])
+    paths = [image["path"] for image in galaxies.cast_column("image", datasets.Image(decode=False))["image"]]
+    assert [galaxies[name][:] for name in ("id_str", "mag", "label")] == [["g2", "g1", "g0"], [19, 18, 17], [0, 0, 1]]
+    assert paths == catalog["file_loc"].tolist()
+
+
 def test_what_is_no_table_is_refused():
     with pytest.raises(CatalogError, match="the catalog is a str and no table of pandas; read it with read_galaxies"):
         catalog_to_dataset("rings.csv", label_column="ring")
@@ -298,8 +306,9 @@ def test_numbers_are_split_without_strata():
     assert [len(split) for split in split_dataset(galaxies, seed=1).values()] == [7, 1, 2]
 
 
-def test_a_class_of_three_has_one_galaxy_in_each_split():
-    splits = split_dataset(make_dataset([0] * 60 + [1] * 3), seed=1)
+@pytest.mark.parametrize("test_fraction", [0.2, 0.85])
+def test_a_class_of_three_has_one_galaxy_in_each_split(test_fraction):
+    splits = split_dataset(make_dataset([0] * 60 + [1] * 3), seed=1, test_fraction=test_fraction)
 
     assert [split["label"][:].count(1) for split in splits.values()] == [1, 1, 1]
 
@@ -456,12 +465,12 @@ def test_class_names_of_the_hub_are_kept_in_their_order(hub):
 
 
 def test_classes_are_named_over_all_splits_together(hub):
-    hub(datasets.DatasetDict(train=make_hub_split([0, 2, 5]), test=make_hub_split([5], first=3)))
+    hub(datasets.DatasetDict(train=make_hub_split([0, 2]), test=make_hub_split([5, 2], first=2)))
 
     splits = load_galaxy_dataset("user/kinds", **HUB_COLUMNS)
 
     assert splits["test"].features["label"].names == ["0", "2", "5"]
-    assert splits["test"]["label"][:] == [2]
+    assert splits["test"]["label"][:] == [2, 1]
 
 
 @pytest.mark.parametrize("missing", [-1, None])

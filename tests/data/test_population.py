@@ -4,7 +4,7 @@ import pytest
 from plain_disks import draw_plain_disk
 
 from zoobot_hf.data.population import KINDS, draw_survey_parameters
-from zoobot_hf.data.simulation import draw_galaxies, draw_light
+from zoobot_hf.data.simulation import SURVEY_SIZE, draw_galaxies, draw_light, survey_pixel_arcsec
 
 SIZE = 97  # odd: the centre is a pixel
 
@@ -30,6 +30,26 @@ def test_every_kind_comes_with_its_share():
     assert np.isfinite(parameters.select_dtypes("number").to_numpy()).all()
 
 
+def test_each_kind_is_as_it_is_said_to_be():
+    parameters = draw_survey_parameters(2000, seed=1, size=SURVEY_SIZE)
+    kinds, merging = parameters.groupby("kind"), parameters["is_merging"]
+    rings = {"elliptical": 0.0, "lenticular": 0.48, "spiral": 0.22, "irregular": 0.08}
+    assert kinds["ring"].mean().to_dict() == pytest.approx(rings, abs=0.05)
+    bulges = {"elliptical": 0.775, "lenticular": 0.32, "spiral": 0.16, "irregular": 0.04}
+    assert kinds["bulge_to_total"].mean().to_dict() == pytest.approx(bulges, abs=0.03)
+    has_companion = parameters["companion_strength"] > 0
+    assert has_companion.groupby(merging).mean().tolist() == pytest.approx([0.05, 0.65], abs=0.1)
+    assert parameters["disturbance"][merging].median() == pytest.approx(0.28, rel=0.15)
+    assert parameters["half_light_arcsec"].median() == pytest.approx(4.4, rel=0.05)
+    seeing = parameters["psf_fwhm_px"] * parameters["half_light_arcsec"].map(survey_pixel_arcsec)
+    assert seeing.median() == pytest.approx(1.25, rel=0.03)
+
+
+def test_a_smaller_frame_has_neighbours_by_its_area():
+    whole, half = (draw_survey_parameters(300, seed=1, frame=frame) for frame in (SURVEY_SIZE, SURVEY_SIZE / 2))
+    assert half["neighbour_count"].mean() == pytest.approx(whole["neighbour_count"].mean() / 4, rel=0.1)
+
+
 def test_inclinations_are_those_of_random_directions():
     cosines = np.cos(np.deg2rad(draw_survey_parameters(3000, seed=2)["inclination_deg"]))
     assert np.histogram(cosines, 5, (0, 1))[0] == pytest.approx(600, abs=100)
@@ -39,6 +59,7 @@ def test_a_galaxy_does_not_depend_on_the_others_in_its_table():
     whole, rest = draw_survey_parameters(6, seed=3), draw_survey_parameters(2, seed=3, first=4)
     pd.testing.assert_frame_equal(whole.iloc[4:], rest, check_index_type=False)
     np.testing.assert_array_equal(draw_galaxies(whole, seed=3, size=64)[4:], draw_galaxies(rest, seed=3, size=64))
+    assert (draw_survey_parameters(6, seed=4)["half_light_arcsec"] != whole["half_light_arcsec"]).all()
 
 
 def test_a_smaller_frame_shows_the_same_galaxy_larger():

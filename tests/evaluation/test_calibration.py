@@ -96,7 +96,11 @@ def test_validation_galaxies_of_the_sky_calibrate_a_model_trained_balanced():
     # A model that is right for balanced galaxies is not shifted by what the sky's prevalence does to its odds.
     ratios, classes = draw_galaxies(np.random.default_rng(3), 20000, 0.05)
     logits = overconfident(ratios, temperature=1.5, shift=0)
-    assert fit_calibration(logits, classes, training_prevalence=BALANCED).temperature[0] == pytest.approx(1.5, abs=0.06)
+    fitted = fit_calibration(logits, classes, training_prevalence=BALANCED)
+    assert fitted.temperature[0] == pytest.approx(1.5, abs=0.06)
+    here = np.log(np.bincount(classes) / len(classes) / BALANCED)
+    assert fitted.log_loss_before == pytest.approx(log_loss(classes, softmax(logits + here, axis=1)))
+    assert fitted.log_loss_after == pytest.approx(log_loss(classes, softmax(fitted.apply(logits) + here, axis=1)))
     known = fit_calibration(logits, classes, training_prevalence=BALANCED, method="bias_corrected")
     assert known.shift == pytest.approx([0, 0], abs=0.1)
     unknown = fit_calibration(logits, classes, method="bias_corrected")
@@ -291,7 +295,11 @@ def estimate_from(generator, catalog, *, draws, validation_size=1000, seed=0):
 def test_without_labelled_galaxies_the_log_says_what_the_interval_lacks(caplog):
     ratios, _ = draw_galaxies(np.random.default_rng(0), 500, 0.2)
     probabilities = softmax(overconfident(ratios, temperature=1, shift=0), axis=1)
-    estimate = estimate_prevalence(probabilities, assumed_prevalence=BALANCED, draws=30)
+    estimate, other = (
+        estimate_prevalence(probabilities, assumed_prevalence=BALANCED, draws=30, seed=seed) for seed in (0, 1)
+    )
+    assert estimate.shares == other.shares
+    assert estimate.prevalence != other.prevalence
     assert estimate.assumption_holds is None
     assert "leaves out the error of the calibration" in caplog.text
     low, high = estimate.prevalence[1][1:]
@@ -372,11 +380,13 @@ def test_a_prevalence_for_other_labels_is_refused():
 
 
 def test_the_prevalence_of_a_labelled_sample_has_its_posterior():
-    estimate = prevalence_from_counts([190, 10], assumed_prevalence=BALANCED, draws=4000)
+    estimate = prevalence_from_counts([19, 1], assumed_prevalence=BALANCED, draws=4000)
     assert estimate.shares == [0.95, 0.05]
-    assert estimate.prevalence[1][1:] == pytest.approx(beta.ppf([0.05, 0.95], 10.5, 190.5), abs=0.003)
-    several = prevalence_from_counts([30, 100], galaxies=200, assumed_prevalence=BALANCED, problem_type=MULTI)
+    assert estimate.prevalence[1][1:] == pytest.approx(beta.ppf([0.05, 0.95], 1.5, 19.5), abs=0.005)
+    options = {"assumed_prevalence": BALANCED, "problem_type": MULTI, "draws": 4000}
+    several = prevalence_from_counts([30, 100], galaxies=200, **options)
     assert several.shares == [0.15, 0.5]
+    assert several.prevalence[0][1:] == pytest.approx(beta.ppf([0.05, 0.95], 30.5, 170.5), abs=0.004)
 
 
 @pytest.mark.parametrize("counts", [[10, 0], [10], [5, -1]])
@@ -517,6 +527,7 @@ def test_conformal_sets_cover_each_class_as_promised(coverage, share):
 def test_sets_with_one_class_are_named_and_others_are_not():
     sets = conformal_sets([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.35, 0.65]], [0.4, 0.4])
     assert name_conformal_sets(sets, ["not ring", "ring"]) == ["not ring", "can't tell", "ring", "ring"]
+    assert conformal_sets([[0.4, 0.6]], [0.4, 0.6]).all()  # a threshold is some validation galaxy's probability
     empty = conformal_sets([[0.5, 0.5]], [0.6, 0.6])
     assert name_conformal_sets(empty, ["not ring", "ring"]) == ["can't tell"]
 

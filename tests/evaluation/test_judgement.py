@@ -195,6 +195,19 @@ def test_without_a_prevalence_predictions_stay_for_training():
     judgement = judged(config_of())
     assert judgement.fields["predictions_for"] == "training"
     assert [scores.population for scores in judgement.scores] == ["labelled galaxies"]
+    # The sky's alone says nothing of what the head believes in.
+    selection = judged(config_of(sky_prevalence={"not ring": 0.95, "ring": 0.05})).selections["ring"]
+    assert selection.prevalence == judgement.selections["ring"].prevalence == draw(4000, seed=2)[1].mean()
+
+
+@pytest.mark.parametrize("sky", [None, {"not ring": 0.95, "ring": 0.05}])
+def test_a_class_weight_counts_like_that_many_galaxies(sky):
+    weighted = config_of(class_weights=[1, 3], training_prevalence={"not ring": 0.5, "ring": 0.5}, sky_prevalence=sky)
+    repeated = config_of(training_prevalence={"not ring": 0.25, "ring": 0.75}, sky_prevalence=sky)
+    own, expected = judged(weighted), judged(repeated)
+    assert own.fields == expected.fields
+    np.testing.assert_array_equal(own.probabilities, expected.probabilities)
+    np.testing.assert_array_equal(own.probabilities_as_labelled, expected.probabilities_as_labelled)
 
 
 def test_each_of_several_labels_has_a_threshold_where_it_is_known():

@@ -57,6 +57,9 @@ def test_the_reliability_diagram_shows_the_table_and_the_counts(galaxies, drawn,
     upper, lower = drawn[0].axes
     table = reliability_table(*galaxies, bins=5)
     assert points_of(upper.lines[1]) == pytest.approx(table[["mean_probability", "share"]].to_numpy())
+    (bars,) = upper.collections
+    ends = [[low, high] for (_, low), (_, high) in bars.get_segments()]
+    assert ends == pytest.approx(table[["share_low", "share_high"]].to_numpy())
     assert sum(np.histogram(galaxies[0], np.linspace(0, 1, 21))[0]) == 300
     assert upper.get_title("left") == "Test set"
     assert (upper.get_ylabel(), lower.get_xlabel()) == ("Share that is ring", "Probability of ring")

@@ -62,6 +62,7 @@ def test_a_purity_that_cannot_be_reached_says_what_can_be():
     with pytest.raises(ValueError, match=message):
         choose_threshold(probability, [0, 1, 1, 0], aim="purity", at_least=0.9)
     assert choose_threshold(probability, has_label, aim="purity", at_least=0.9).completeness.value == 0.5
+    assert choose_threshold(probability, [1, 1, 0, 1], aim="purity", at_least=0.75).completeness.value == 1
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from zoobot_hf.evaluation.vote_metrics import (
     score_votes,
     vote_metrics_for,
     vote_metrics_for_trainer,
+    were_asked,
 )
 from zoobot_hf.models.votes import vote_loss
 
@@ -133,6 +134,12 @@ def test_a_question_that_nobody_was_asked_is_undefined_and_left_out_of_the_mean(
         assert math.isnan(results[f"{name}_bar"])
         assert results[name] == results[f"{name}_shape"]
         assert all(math.isnan(value) for value in compute(metric, [[8, 2, 5, 5]], [[0, 0, NAN, NAN]]).values())
+
+
+def test_nobody_asks_with_no_votes_however_few_are_needed():
+    votes = np.zeros((2, sum(len(question["answers"]) for question in TREE["questions"])))
+    votes[1, 0] = 1
+    assert were_asked(votes, tree_layout(TREE), least_votes=0).sum() == 1
 
 
 def test_all_metrics_together_for_a_real_survey():

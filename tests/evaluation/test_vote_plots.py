@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 from small_trees import make_question
 
@@ -107,3 +108,13 @@ def test_too_few_votes_are_refused(tmp_path):
         ValueError, match="no galaxy has 100 votes on any question; pass votes, or a smaller least_votes"
     ):
         plot_vote_fractions(concentrations, votes, RINGS, tmp_path / "figure.png", least_votes=100)
+
+
+def test_the_means_of_bins_have_their_standard_errors():
+    expected = np.array([0.02, 0.04, 0.05, 0.08, 0.09, 0.32, 0.33, 0.34, 0.35, 0.91, 0.92, 0.93, 0.96, 0.99, 1.0])
+    observed = np.linspace(0, 1, 15) ** 2
+    drawn = [slice(0, 5), slice(9, 15)]  # between them there are too few galaxies
+    centers, means, errors = vote_plots._binned_means(expected, observed)
+    assert centers == pytest.approx([expected[part].mean() for part in drawn])
+    assert means == pytest.approx([observed[part].mean() for part in drawn])
+    assert errors == pytest.approx([scipy.stats.sem(observed[part]) for part in drawn])

@@ -15,6 +15,7 @@ from zoobot_hf.models.heads import (
     fold_calibration,
     head_loss,
     logit_correction,
+    loss_weight,
     prevalence_shift,
     probabilities_from_logits,
     set_initial_bias,
@@ -218,6 +219,23 @@ def test_a_batch_without_a_known_label_has_no_loss(problem_type):
     assert torch.equal(logits.grad, torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("labels", "fields"),
+    [
+        (torch.tensor([0, 1, 1, 2]), {}),
+        (torch.tensor([0, 1, 1, 2]), {"class_weights": [1.0, 3.0, 0.5]}),
+        (torch.tensor([[1, NAN, 0], [NAN, NAN, 1], [1, 0, 0], [NAN, NAN, NAN]]), {"problem_type": "regression"}),
+    ],
+)
+def test_the_loss_of_all_galaxies_is_the_mean_of_the_batches_by_their_weights(labels, fields):
+    config, logits = config_of(**fields), torch.randn(4, 3)
+    batches = [slice(0, 1), slice(1, 4)]
+    losses = torch.stack([head_loss(logits[rows], labels[rows], config, training=False) for rows in batches])
+    weights = torch.stack([loss_weight(labels[rows], config) for rows in batches])
+    expected = head_loss(logits, labels, config, training=False)
+    torch.testing.assert_close((losses * weights).sum() / weights.sum(), expected)
+
+
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
 def test_labels_of_another_shape_are_refused(problem_type):
     message = r"labels have the shape \(2,\) and the model's outputs \(2, 3\); .* NaN where it is unknown"
@@ -276,6 +294,9 @@ def test_a_prevalence_with_a_zero_is_refused(shares):
 def test_a_prevalence_that_does_not_add_up_is_refused():
     with pytest.raises(ValueError, match=r"adds up to 0\.6; the shares of one label for each galaxy add up to 1"):
         prevalence_shift([0.5, 0.5], [0.5, 0.1], problem_type=SINGLE)
+    with pytest.raises(ValueError, match=r"adds up to 0\.99"):
+        prevalence_shift([0.5, 0.49], [0.5, 0.5], problem_type=SINGLE)
+    assert prevalence_shift([0.333] * 3, [0.333] * 3, problem_type=SINGLE) == [0.0] * 3
 
 
 def test_prevalences_of_different_lengths_are_refused():
@@ -391,16 +412,27 @@ def test_a_new_head_starts_from_what_is_best_to_say_of_all_galaxies_alike(labels
     torch.testing.assert_close(head[-1].bias.grad, torch.zeros(3), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("labels", "fields"), [([0, 0, 1, 1], {}), ([[0.0, 1.0, NAN]] * 4, {"problem_type": MULTI})])
+@pytest.mark.parametrize(
+    ("labels", "fields"),
+    [([0, 0, 1, 1], {}), ([[0.0, 1.0, NAN]] * 2 + [[NAN, 1.0, NAN]] * 2, {"problem_type": MULTI})],
+)
 def test_a_label_that_no_galaxy_has_starts_from_half_a_galaxy(labels, fields):
     config = config_of(**fields)
     head = build_head(config)
     set_initial_bias(head, torch.tensor(labels), config)
     bias = head[-1].bias
     if fields:
-        assert bias.sigmoid().tolist() == pytest.approx([0.5 / 4, 1 - 0.5 / 4, 0.5])
+        assert bias.sigmoid().tolist() == pytest.approx([0.5 / 2, 1 - 0.5 / 4, 0.5])
     else:
         assert (bias[2] - bias[0]).exp().item() == pytest.approx(0.5 / 4 / 0.5)
+
+
+@pytest.mark.parametrize(("unit_interval", "values"), [(False, [0.0, 1.0, 0.0]), (True, [1e-3, 1 - 1e-3, 0.5])])
+def test_a_value_that_no_galaxy_has_starts_in_the_middle(unit_interval, values):
+    config = config_of("regression", unit_interval=unit_interval)
+    head = build_head(config)
+    set_initial_bias(head, torch.tensor([[0.0, 1.0, NAN]] * 4), config)
+    assert apply_unit_interval(head[-1].bias, config).tolist() == pytest.approx(values)
 
 
 def test_a_head_that_was_trained_keeps_its_bias():

@@ -257,6 +257,14 @@ def test_weights_of_another_encoder_are_refused(tree_file):
         ZoobotForGalaxyZoo.from_pretrained(tree_file[1], decision_tree=DECALS, encoder_config=ResNetConfig(depths=[1]))
 
 
+def test_weights_of_another_shape_are_refused(tree_file):
+    model, path = tree_file
+    model.encoder.stem[0].weight = nn.Parameter(model.encoder.stem[0].weight[:, :, :2])
+    save(model, path)
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights or has them in another shape \(.*stem"):
+        ZoobotForGalaxyZoo.from_pretrained(path, decision_tree=DECALS)
+
+
 def test_a_folder_with_several_files_is_refused(tree_file, classifier_file):
     message = r"holds FinetuneableZoobotClassifier.ckpt, FinetuneableZoobotTree.ckpt; give the path of one of them"
     with pytest.raises(OSError, match=message):

@@ -10,7 +10,7 @@ from tiny_models import with_decided_head
 
 from zoobot_hf import ZoobotConfig, ZoobotForGalaxyZoo, ZoobotForImageClassification, ZoobotImageProcessor, ZoobotModel
 from zoobot_hf.prediction import embeddings, runs
-from zoobot_hf.prediction.components import read_components
+from zoobot_hf.prediction.components import read_components, write_components
 from zoobot_hf.prediction.embeddings import embed_survey, hash_encoder, predict_embeddings
 from zoobot_hf.prediction.merge import merge_predictions
 from zoobot_hf.prediction.runs import SurveyError
@@ -154,6 +154,16 @@ def test_embeddings_are_reduced_by_components_that_are_kept(embed, tmp_path):
     np.testing.assert_allclose(reduced.var(axis=0), expected, rtol=1e-3)
 
 
+def test_a_run_does_not_go_on_with_other_components(embed, tmp_path):
+    embed(pca=3, output=tmp_path / "first")
+    embed(pca=3)
+    path = tmp_path / "embedded/pca.safetensors"
+    other = read_components(path)
+    write_components(other._replace(directions=-other.directions), path)
+    with pytest.raises(SurveyError, match=r"000000\.parquet is of another model or catalog"):
+        embed(pca=3)
+
+
 def test_a_run_with_components_goes_on_with_the_same(embed, tmp_path, monkeypatch):
     _, expected = embed(pca=3)
     (tmp_path / "embedded/embeddings/000002.parquet").unlink()
@@ -232,8 +242,12 @@ def test_a_head_predicts_from_embeddings_what_the_model_predicts_from_images(
     pd.testing.assert_frame_equal(table, expected, rtol=0, atol=1e-6)
     assert 0 < table["selected"].sum() < 40
     assert merge_predictions(tmp_path / "out", tmp_path / "merged.fits") == 40
+    options = {**SIZES, "prevalence": "training"}
+    predict_survey(layer_norm_model, processor, galaxy_folder, tmp_path / "images-training", **options)
+    expected = pd.read_parquet(tmp_path / "images-training/predictions")
     _, table, _ = predict(output=tmp_path / "training", prevalence="training")
     assert "selected" not in table  # the threshold is for the sky
+    pd.testing.assert_frame_equal(table, expected, rtol=0, atol=1e-6)
 
 
 def test_half_precision_changes_probabilities_in_the_fourth_digit(

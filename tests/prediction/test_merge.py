@@ -72,7 +72,13 @@ def test_a_votable_says_what_it_holds(survey_folder, tmp_path):
 def test_a_parquet_file_says_what_it_holds(survey_folder, tmp_path):
     merge_predictions(survey_folder, tmp_path / "merged.parquet")
     schema = pq.read_schema(tmp_path / "merged.parquet")
-    assert json.loads(schema.metadata[b"zoobot_hf"])["MODEL"] == "astronomer/rings"
+    manifest = json.loads((survey_folder / "manifest.json").read_text())
+    assert json.loads(schema.metadata[b"zoobot_hf"]) == {
+        "MODEL": "astronomer/rings",
+        "WEIGHTS": manifest["weights"],
+        "CATALOG": manifest["catalog_fingerprint"],
+        "PREVALEN": "training",
+    }
     assert schema.field("probability_ring").metadata[b"description"] == b"Probability of the label, 0-1"
 
 

@@ -1,3 +1,4 @@
+import io
 import tarfile
 
 import numpy as np
@@ -88,7 +89,19 @@ def test_the_fingerprint_changes_with_every_name_place_and_order(table, tmp_path
     moved = table.assign(file_loc=["elsewhere.png", *table["file_loc"][1:]])
     for other in (table[::-1], table[:-1], moved, table.assign(id_str=["7", *NAMES[1:]])):
         assert check_catalog(write(other, path)).fingerprint != facts.fingerprint
-    assert fingerprint_rows(moved) != fingerprint_rows(table)
+    assert len({fingerprint_rows(rows) for rows in (table, table[::-1], moved)}) == 3
+
+
+def test_the_fingerprint_of_an_archive_changes_with_the_places_of_its_images(tmp_path):
+    fingerprints = set()
+    for length in (10, 10, 600):  # of the first image, so that the second one lies elsewhere
+        with tarfile.open(tmp_path / "galaxies.tar", "w") as archive:
+            for name, size in (("a.jpg", length), ("b.jpg", 10)):
+                header = tarfile.TarInfo(name)
+                header.size = size
+                archive.addfile(header, io.BytesIO(bytes(size)))
+        fingerprints.add(check_catalog(tmp_path / "galaxies.tar").fingerprint)
+    assert len(fingerprints) == 2
 
 
 def test_names_that_are_there_twice_are_named_also_across_files(table, tmp_path):

@@ -334,11 +334,16 @@ def test_the_prevalence_decides_the_probabilities(predict, layer_norm_model, tmp
     layer_norm_model.config.training_prevalence = {"ring": 0.5, "not ring": 0.5}
     layer_norm_model.config.sky_prevalence = {"ring": 0.1, "not ring": 0.9}
     layer_norm_model.config.predictions_for = "sky"
-    sky = predict()[1]["probability_ring"].astype(float)
-    training = predict(output=tmp_path / "training", prevalence="training")[1]["probability_ring"].astype(float)
+    layer_norm_model.config.decision_threshold = {"ring": 0.1}
+    tables = predict()[1], predict(output=tmp_path / "training", prevalence="training")[1]
+    assert ["selected" in table for table in tables] == [True, False]  # the threshold is for the sky
+    sky, training = (table["probability_ring"].astype(float) for table in tables)
     assert np.allclose(sky / (1 - sky) * 9, training / (1 - training), rtol=1e-5)  # odds, by Bayes' theorem
     with pytest.raises(SurveyError, match="another prevalence"):
         predict(prevalence="training")
+    shutil.copy(tmp_path / "out/predictions/000001.parquet", tmp_path / "training/predictions")
+    with pytest.raises(SurveyError, match=r"000001\.parquet is of another model or catalog"):
+        predict(output=tmp_path / "training", prevalence="training")
 
 
 # Tar archives ---------------------------------------------------------------------------------------------------

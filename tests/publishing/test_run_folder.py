@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import numpy as np
@@ -77,6 +78,11 @@ def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp
     assert "In the frozen stage the training loss is the mean over all heads" in captions["figures/training_curves.png"]
     assert captions["figures/completeness_and_purity_z_1_0.png"].endswith("selected as 'z < 1', where 0.032% are.")
     assert captions["figures/roc_.png"] == "ROC, and purity against completeness where 0.032% are '???'."
+
+
+def test_what_is_not_finite_is_null_in_a_file(tmp_path):
+    write_json(tmp_path / "metrics.json", {"losses": (math.nan, math.inf, 1.0)})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"losses": [None, None, 1.0]}
 
 
 def test_two_processes_may_write_the_same_file_at_once(tmp_path, monkeypatch):

@@ -58,6 +58,13 @@ def test_zoom_and_shift_stay_within_their_ranges():
     assert 1.35 < area.max() < 1.2**2 * 1.03
 
 
+def test_each_direction_has_a_shift_of_its_own():
+    draws = torch.tensor([[0.0, 0.0, 0.5, 0.25, 1.0]])  # no turn and no zoom
+    turned = turn_galaxies(gaussian_blob(120).expand(1, 1, 120, 120), draws, pixels=60, zoom_range=0.2, max_shift=0.1)
+    # The field moves a twentieth of the width to the left and a tenth down, and the galaxy the other way.
+    assert [float(place) for place in centroids(turned)] == pytest.approx([0.1, -0.2], abs=0.01)
+
+
 def test_the_same_seed_gives_the_same_galaxies():
     wide = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
     torch.manual_seed(7)
@@ -72,6 +79,8 @@ def test_values_stay_in_the_range_of_the_input():
     assert turned.dtype == torch.float32
     assert turned.min() >= 0
     assert turned.max() <= 255
+    sky = augment_galaxies(torch.full((16, 3, 48, 48), 9.0), pixels=32, zoom_range=0.5, max_shift=0.5)
+    assert torch.allclose(sky, torch.tensor(9.0))  # up to the corners that lie outside
 
 
 @pytest.mark.parametrize(("zoom_range", "max_shift"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.15, 0.05)])

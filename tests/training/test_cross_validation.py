@@ -219,6 +219,7 @@ def test_predictions_are_for_the_sky_and_scores_say_which_population(validate):
     assert result.table["probability_ring"].mean() < 0.2
     assert result.scores.prevalence["ring"] == 0.5
     assert result.sky_scores.prevalence["ring"] == 0.05
+    assert validate(sky_prevalence={"ring": 0.499}).sky_scores.prevalence["ring"] == 0.499
     back = probabilities_at_prevalence(
         result.table[["probability_not_ring", "probability_ring"]].to_numpy(dtype=float),
         assumed_prevalence=[0.95, 0.05],

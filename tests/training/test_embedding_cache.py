@@ -64,6 +64,9 @@ def test_the_seed_decides_the_views(layer_norm_model, galaxies, processor, tmp_p
     first, again, other = (stored.values for stored in values)
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=1e-4)
+    settings = {"views": Views(2, seed=0), "batch_size": 3, "cache_dir": tmp_path / "batches"}
+    batches = store_embeddings(layer_norm_model, galaxies, processor, **settings).values
+    assert torch.allclose(batches, first, atol=1e-5)
 
 
 def test_views_differ_from_each_other_and_come_galaxy_by_galaxy(layer_norm_model, galaxies, processor, tmp_path):
@@ -124,6 +127,12 @@ def test_a_file_that_changed_is_another_image_even_of_the_same_size_or_time(key,
     path.write_bytes(path.read_bytes() + b"\0")
     os.utime(path, ns=(before, before))  # as a copy has it that keeps the times
     assert len({*keys, key(dataset=files)}) == 3
+
+
+def test_another_device_computes_anew(key, layer_norm_model, monkeypatch):
+    before = key(bf16=False, batch_size=4)
+    monkeypatch.setattr(type(layer_norm_model), "device", torch.device("cuda"))
+    assert key(bf16=False, batch_size=4) != before
 
 
 @pytest.mark.parametrize(("name", "other"), [("version", lambda name: "0"), ("FORMAT", "0")])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from processes import run_on_two
 from safetensors.torch import load_file
+from sklearn.metrics import log_loss
 from tiny_models import tiny_model
 from transformers import ResNetConfig, ResNetModel, TrainerCallback, TrainingArguments, ViTImageProcessor, pipeline
 
@@ -393,6 +394,11 @@ def test_probabilities_are_calibrated_and_for_the_sky(run, hard_rings, processor
     logits = torch.tensor(stage.test_outputs) / (config.calibration_temperature or 1)
     shift = torch.tensor([0.9 / shares["not ring"], 0.1 / shares["ring"]]).log()
     assert torch.allclose(torch.tensor(judgement.probabilities), (logits + shift).softmax(-1).double(), atol=1e-5)
+    table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert table["probability_ring"].to_numpy() == pytest.approx(judgement.probabilities[:, 1], abs=1e-6)
+    # The metrics are of the test galaxies as they are.
+    expected = log_loss(hard_rings["test"]["label"][:], judgement.probabilities_as_labelled)
+    assert finetuned.test_metrics["frozen"]["log_loss"] == pytest.approx(expected, abs=1e-6)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "They are for galaxies of which 90.0% are not ring, 10.0% are ring." in card
     assert "Expected in the sky, where 10.0% are ring:" in card

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
+from zoobot_hf.evaluation.power_law import extrapolate
 from zoobot_hf.training import label_efficiency
 from zoobot_hf.training.embedding_cache import Views
 from zoobot_hf.training.label_efficiency import (
@@ -57,24 +58,45 @@ def test_a_curve_has_every_series_score_and_number(measure):
     assert (curve.table["seeds"] == 5).all()
     assert (curve.table["low"] <= curve.table["value"]).all()
     assert (curve.table["value"] <= curve.table["high"]).all()
+    losses = curve.runs.pivot_table(index=["labels", "seed"], columns="series", values="log_loss")
+    assert (losses.corr().to_numpy()[np.triu_indices(3, 1)] < 0.99).all()  # each series is of its own
     assert curve.extrapolation is not None
+
+
+def test_the_law_is_of_the_errors_and_knows_how_many_classes_there_are():
+    numbers, generator = np.array([5, 10, 20, 40]), np.random.default_rng(0)
+    errors = 0.8 * numbers**-0.5 + 0.01 * generator.normal(size=(6, 4))
+    rows = [(number, seed, 1 - errors[seed, place]) for place, number in enumerate(numbers) for seed in range(6)]
+    runs = pd.DataFrame(rows, columns=["labels", "seed", "accuracy"])
+    runs = runs.assign(series="Frozen stage", roc_auc=0.5, log_loss=0.7)
+    law = summarise_runs(runs, classes=3, seconds={}).extrapolation
+    assert law.describe() == extrapolate(numbers, errors, classes=3).describe()
+    assert law.describe() != extrapolate(numbers, errors, classes=2).describe()
 
 
 def test_every_galaxy_is_tested_once_in_five_seeds_and_never_labelled_in_its_own(galaxies):
     labels = np.array(galaxies["label"])
-    draws = label_efficiency._plan_draws(
-        galaxies, labels, np.zeros(40, dtype=bool), embedded(labels).plain, seeds=5, seed=0
-    )
+    rings, plain = np.flatnonzero(labels), embedded(labels).plain
+    plain[rings[:4]] = plain[rings[4:8]]
+    draws = label_efficiency._plan_draws(galaxies, labels, np.zeros(40, dtype=bool), plain, seeds=5, seed=0)
     assert sorted(np.concatenate([draw.test for draw in draws])) == list(range(40))
     for draw in draws:
+        assert np.array_equal(np.isin(rings[:4], draw.test), np.isin(rings[4:8], draw.test))
         assert set(draw.labelled(16)).isdisjoint(draw.test)
         assert set(draw.labelled(4)) < set(draw.labelled(8))
         assert np.bincount(labels[draw.labelled(4)]).tolist() == [4, 4]
 
 
-def test_a_test_split_stays_the_test_set(measure, galaxies):
-    splits = DatasetDict(train=galaxies.select(range(30)), test=galaxies.select(range(30, 40)))
+def test_a_test_split_stays_the_test_set(measure, galaxies, monkeypatch):
+    splits, seen = DatasetDict(train=galaxies.select(range(30)), test=galaxies.select(range(30, 40))), {}
+
+    def summarise(runs, **options):
+        seen.update(options)
+        return summarise_runs(runs, **options)
+
+    monkeypatch.setattr(label_efficiency, "summarise_runs", summarise)
     curve = measure(dataset=splits, numbers=[2, 8], seeds=2, with_untrained=False)
+    assert seen["classes"] == 2
     assert (curve.runs["test_galaxies"] == 10).all()
     assert curve.extrapolation is None
 
@@ -94,6 +116,16 @@ def test_the_encoder_sees_each_galaxy_and_view_once(measure, layer_norm_model, m
     measure(with_untrained=False, views=Views(2), seeds=5, numbers=[2, 4])
     assert first > 0
     assert images == first
+
+
+def test_logistic_regression_is_scikit_learns_with_a_penalty_by_the_embeddings_size():
+    labels = np.tile([0, 1], 40)
+    draw = label_efficiency._Draw(0, np.arange(60, 80), [np.arange(0, 20, 2), np.arange(1, 20, 2)])
+    plain, rows = embedded(labels).plain.numpy(), draw.labelled(10)
+    (logits,) = label_efficiency._predict_by_logistic_regression(plain, labels, [draw], 10)
+    mean, spread = plain[rows].mean(axis=0), plain[rows].std(axis=0)
+    theirs = LogisticRegression(C=1 / 12).fit((plain[rows] - mean) / spread, labels[rows])
+    assert np.exp(logits) == pytest.approx(theirs.predict_proba((plain[draw.test] - mean) / spread), abs=1e-4)
 
 
 def test_heads_and_their_regularisation_are_scikit_learns():

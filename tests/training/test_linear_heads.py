@@ -67,6 +67,14 @@ def test_the_penalty_is_the_one_that_is_best_for_galaxies_that_were_held_out():
     assert torch.allclose(chosen.bias[0], everything.bias[0, 0, 0], atol=1e-3)
 
 
+def test_the_penalty_may_be_chosen_on_other_views_of_the_galaxies():
+    inputs, labels = make_noisy_galaxies(60, noise=0.5)
+    views, folds = inputs[None, :, None], torch.arange(60) // 2 % 3
+    chosen = choose_linear_heads(views, labels[None], folds, num_labels=2)
+    misled = choose_linear_heads(views, labels[None], folds, num_labels=2, held_out=-views)
+    assert chosen.penalty < misled.penalty == PENALTIES[-1]
+
+
 def test_a_galaxy_of_weight_two_is_one_that_is_there_twice():
     inputs, labels = make_noisy_galaxies(40)
     folds = torch.arange(40) // 2 % 4

@@ -10,7 +10,7 @@ from zoobot_hf.evaluation.selection import measure_selection
 from zoobot_hf.training.run_report import _different_populations, _hub_id, _judged_labels, _scores_by_population
 
 
-@pytest.mark.parametrize(("here", "sky", "is_shown"), [(0.011, 0.002, True), (0.5, 0.51, False), (0.5, 0.05, True)])
+@pytest.mark.parametrize(("here", "sky", "is_shown"), [(0.011, 0.002, True), (0.5, 0.51, False), (0.5, 0.44, True)])
 def test_a_card_has_the_scores_of_another_sky(here, sky, is_shown):
     scores = [
         Scores(population, {"ring": share}, 100, 0.9, {}, {})

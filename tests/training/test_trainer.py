@@ -21,6 +21,7 @@ from zoobot_hf.evaluation.metrics import metrics_for_trainer
 from zoobot_hf.models.heads import build_head, head_loss
 from zoobot_hf.training.augmentation import augment_galaxies, margin_of_turns
 from zoobot_hf.training.embedding_cache import compute_embeddings, list_cache
+from zoobot_hf.training.head_grid import HeadGrid
 from zoobot_hf.training.machine import InferenceRunner
 from zoobot_hf.training.trainer import GalaxyCollator, layer_decay_groups
 
@@ -292,6 +293,47 @@ def test_each_split_is_evaluated_by_its_own_galaxies(
     assert [trainer.evaluate(galaxies.select(range(count)))["eval_count"] for count in (7, 9)] == [7, 9]
 
 
+def test_the_head_of_lowest_loss_on_all_splits_wins(layer_norm_model, galaxies, processor, tmp_path, monkeypatch):
+    seen, choose_winner = set(), HeadGrid.choose_winner
+
+    def choose(grid, validation):
+        seen.add(tuple(map(len, validation)))
+        choose_winner(grid, validation)
+
+    monkeypatch.setattr(HeadGrid, "choose_winner", choose)
+    FrozenStageTrainer(
+        layer_norm_model,
+        frozen_arguments(tmp_path, metric_for_best_model="eval_first_loss"),
+        processing_class=processor,
+        train_dataset=galaxies.select(range(24)),
+        eval_dataset={"first": galaxies.select(range(24, 34)), "second": galaxies.select(range(34, 40))},
+    ).train()
+    assert seen == {(10, 6)}
+
+
+def test_after_the_frozen_stage_its_trainer_predicts_with_the_encoder_as_it_is(
+    layer_norm_model, galaxies, processor, tmp_path
+):
+    trainer = train(FrozenStageTrainer, layer_norm_model, frozen_arguments(tmp_path), galaxies, processor)
+    before = trainer.predict(trainer.eval_dataset).predictions
+    torch.nn.init.normal_(next(layer_norm_model.encoder.parameters()))
+    with torch.inference_mode():
+        expected = layer_norm_model.eval()(**processor(galaxies["image"][24:])).logits.numpy()
+    assert abs(expected - before).max() > 1e-3
+    assert trainer.predict(trainer.eval_dataset).predictions == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("trainer_class", [FrozenStageTrainer, UnfrozenStageTrainer])
+def test_training_takes_back_what_was_fitted_to_the_head_as_it_was(
+    trainer_class, layer_norm_model, galaxies, processor, tmp_path
+):
+    arguments = frozen_arguments if trainer_class is FrozenStageTrainer else unfrozen_arguments
+    config = layer_norm_model.config
+    config.calibration_temperature, config.decision_threshold = 2.0, {"ring": 0.3}
+    train(trainer_class, layer_norm_model, arguments(tmp_path, num_train_epochs=1), galaxies, processor)
+    assert (config.calibration_temperature, config.decision_threshold) == (None, None)
+
+
 def test_a_loss_of_the_users_own_is_averaged_as_trainer_does(layer_norm_model, galaxies, processor, tmp_path):
     layer_norm_model.config.class_weights = [1.0, 19.0]
     trainer = UnfrozenStageTrainer(
@@ -408,9 +450,9 @@ def test_early_stopping_ends_the_stage(layer_norm_model, galaxies, processor, tm
 
 
 def test_many_embeddings_are_taken_in_larger_batches(layer_norm_model, galaxies, processor, tmp_path):
-    arguments = frozen_arguments(tmp_path, embedding_steps=3)  # 24 galaxies, two views each
+    arguments = frozen_arguments(tmp_path, embedding_steps=5)  # 24 galaxies, two views each
     trainer = train(FrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
-    assert (trainer.state.max_steps, trainer.state.train_batch_size) == (2 * 3, 16)
+    assert (trainer.state.max_steps, trainer.state.train_batch_size) == (2 * 5, 10)
 
 
 def test_evaluation_sees_the_plain_centre_without_augmentation(layer_norm_model, galaxies, processor, tmp_path):
