@@ -110,6 +110,12 @@ def test_the_most_wrong_galaxies_come_first_and_no_other_is_read(tmp_path, drawn
     assert titles == ["c\nring, predicted no ring\nP(ring) = 0.100", "b\nno ring, predicted ring\nP(no ring) = 0.200"]
 
 
+@pytest.mark.parametrize("galaxies", [0, 1])
+def test_galaxies_none_of_which_is_wrong_are_refused(tmp_path, galaxies):
+    with pytest.raises(ValueError, match=f"none of the table's {galaxies} galaxies is wrong; leave this figure out"):
+        plots.plot_most_wrong([Image.new("L", (8, 8))] * galaxies, TABLE[:galaxies], tmp_path / "wrong.png")
+
+
 def test_a_galaxy_that_is_right_is_not_among_the_most_wrong(tmp_path, drawn):
     table = pd.DataFrame(
         {

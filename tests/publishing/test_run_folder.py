@@ -51,10 +51,33 @@ def test_a_stage_is_pushed_at_its_end_alone(tmp_path):
         FrozenStageArguments(output_dir=str(tmp_path), use_cpu=True, hub_strategy="every_save")
 
 
-def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The options of each figure, of which none is really drawn."""
     drawn = []
     for name in [name for name in vars(run_folder) if name.startswith("plot_")]:
         monkeypatch.setattr(run_folder, name, lambda *_, **options: drawn.append(options))
+    return drawn
+
+
+@pytest.mark.parametrize(("predicted", "has_wrong"), [("ring", True), ("bar", False)])
+def test_a_run_without_a_wrong_galaxy_has_no_figure_of_the_most_wrong(tmp_path, drawn, predicted, has_wrong):
+    captions = draw_figures(
+        tmp_path,
+        histories={"unfrozen": []},
+        kept_stage="unfrozen",
+        kept_epoch=1,
+        metrics={"confusion": []},
+        label_names=["bar", "ring"],
+        images=[],
+        judged=pd.DataFrame({"label": ["bar"], "predicted_label": [predicted]}),
+    )
+    assert ("figures/most_wrong.png" in captions) == has_wrong
+    assert len(drawn) == len(captions) == 2 + has_wrong
+    assert captions["figures/training_curves.png"] == "Loss by epoch; the kept epoch is marked."
+
+
+def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp_path, drawn):
     probability, has_label = np.array([0.1, 0.9]), np.array([False, True])
     selection = measure_selection(probability, has_label, threshold=0.5, prevalence=0.00032)
     sky = {"prevalence": [0.99968, 0.00032], "classes": [0, 1]}
@@ -67,7 +90,7 @@ def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp
         metrics={"confusion": []},
         label_names=labels,
         images=[],
-        judged=pd.DataFrame(),
+        judged=pd.DataFrame({"label": ["???"], "predicted_label": ["z < 1"]}),
         judged_labels=[JudgedLabel(name, probability, probability, has_label, selection, sky) for name in labels],
         judged_votes=JudgedVotes(probability, probability, {}, 10),
     )

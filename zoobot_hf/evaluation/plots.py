@@ -79,18 +79,22 @@ def plot_most_wrong(images: Sequence[Image.Image], table: pd.DataFrame, path: st
         count: How many galaxies are drawn at most.
 
     Raises:
-        ValueError: When the table lacks one of these columns or any row, or when it has not as many rows as images.
+        ValueError: When the table lacks one of these columns, when it has not as many rows as images, or when no galaxy
+            is wrong.
     """
     missing = [name for name in ("id_str", "label", "predicted_label", "probability_of_label") if name not in table]
     if missing:
         raise ValueError(f"table lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table.columns))}.")
     if len(images) != len(table):
         raise ValueError(f"images are {len(images)} but table has {len(table)} rows; pass an image for each row.")
-    is_right = (table["label"] == table["predicted_label"]).to_numpy()
     # Of three classes or more, a galaxy that is right may have a lower probability than one that is wrong.
-    worst = np.lexsort((table["probability_of_label"], is_right))[: min(count, max(int((~is_right).sum()), 1))]
-    titles = [_title_of(table.iloc[row]) for row in worst.tolist()]
-    plot_galaxy_sheet([images[row] for row in worst.tolist()], titles, path)
+    wrong = np.flatnonzero(table["label"] != table["predicted_label"])
+    if len(wrong) == 0:
+        raise ValueError(f"none of the table's {len(table)} galaxies is wrong; leave this figure out.")
+    order = np.argsort(table["probability_of_label"].to_numpy()[wrong], kind="stable")
+    worst = wrong[order][:count].tolist()
+    titles = [_title_of(table.iloc[row]) for row in worst]
+    plot_galaxy_sheet([images[row] for row in worst], titles, path)
 
 
 def plot_most_certain(

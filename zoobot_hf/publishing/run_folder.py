@@ -142,7 +142,8 @@ def draw_figures(
         metrics: Of the judged galaxies, with `confusion` for a single label.
         label_names: In the order of the logits.
         images: Of the judged galaxies, in the table's order.
-        judged: As `plot_most_wrong` takes it; None for problems that have no single true label.
+        judged: As `plot_most_wrong` takes it, whose figure is left out where no galaxy is wrong; None for problems that
+            have no single true label.
         judged_labels: The labels whose probabilities are drawn.
         judged_votes: The votes that are drawn; None for a model without a decision tree.
         whose: The judged galaxies in words.
@@ -157,8 +158,9 @@ def draw_figures(
     if judged is not None:
         captions[f"{FIGURES}/confusion.png"] = f"True and predicted labels of the {whose}."
         plot_confusion(metrics["confusion"], label_names, folder / FIGURES / "confusion.png")
-        captions[f"{FIGURES}/most_wrong.png"] = f"The {whose} that were predicted most wrongly, the worst first."
-        plot_most_wrong(images, judged, folder / FIGURES / "most_wrong.png")
+        if (judged["label"] != judged["predicted_label"]).any():
+            captions[f"{FIGURES}/most_wrong.png"] = f"The {whose} that were predicted most wrongly, the worst first."
+            plot_most_wrong(images, judged, folder / FIGURES / "most_wrong.png")
     if judged_votes is not None:
         path = f"{FIGURES}/vote_fractions.png"
         plot_vote_fractions(
