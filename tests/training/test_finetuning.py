@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from processes import run_on_two
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss
@@ -21,6 +22,7 @@ from zoobot_hf import (
     ZoobotImageProcessor,
     catalog_to_dataset,
     finetune,
+    push_folder,
     read_catalog,
     split_dataset,
 )
@@ -407,9 +409,12 @@ def test_probabilities_are_calibrated_and_for_the_sky(run, hard_rings, processor
     assert said["ring"] == pytest.approx(judgement.probabilities[0, 1], abs=1e-5)
 
 
-def test_a_second_finetuning_forgets_the_calibration_of_the_first(run, hard_rings, processor, tmp_path):
+def test_a_second_finetuning_forgets_the_calibration_of_the_first_and_names_it(
+    run, hard_rings, processor, tmp_path, repo_id, hub_token
+):
     run("first", dataset=hard_rings, sky_prevalence={"ring": 0.1}, skip_unfrozen=True)
-    model = ZoobotForImageClassification.from_pretrained(tmp_path / "first")
+    push_folder(tmp_path / "first", repo_id, token=hub_token)
+    model = ZoobotForImageClassification.from_pretrained(repo_id)
     again = finetune(
         model, processor, hard_rings, tmp_path / "second", frozen=FrozenStageArguments(**SETTINGS), skip_unfrozen=True
     )
@@ -419,6 +424,7 @@ def test_a_second_finetuning_forgets_the_calibration_of_the_first(run, hard_ring
         torch.nn.functional.cross_entropy(torch.tensor(raw), torch.tensor(hard_rings["validation"]["label"][:])).item(),
         abs=0.02,  # the validation galaxies' shares differ a little from the training split's
     )
+    assert ModelCard.load(tmp_path / "second" / "README.md").data.base_model == repo_id
 
 
 @pytest.fixture

@@ -179,6 +179,7 @@ class ZoobotPreTrainedModel(PreTrainedModel):
         keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = super().from_pretrained(str(source.folder), **keywords)
         check_that_weights_fit(report, source.name)
+        model.name_or_path = source.repository  # and not the folder of its copy
         _find_embedding(model.base_model.encoder, model.config)
         return cast(Self, model)
 

@@ -137,7 +137,7 @@ def write_run(
     facts = ModelCardFacts(
         model_name=folder.resolve().name,
         encoder=encoder,
-        base_model=_hub_id(encoder),
+        base_model=_hub_id(model.name_or_path) or _hub_id(encoder),
         license=license_name,
         limits=LIMITS,
         labels=config.label_names,
