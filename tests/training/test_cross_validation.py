@@ -307,7 +307,7 @@ def test_the_sheet_shows_the_likeliest_wrong_labels_first(galaxies, processor, t
     assert np.array_equal(np.asarray(images[0]), np.asarray(galaxies[7]["image"]))
 
 
-def test_too_few_galaxies_for_the_folds_are_refused(validate, galaxies):
+def test_too_few_galaxies_for_the_folds_are_refused(validate, layer_norm_model, galaxies):
     few = galaxies.select([*range(0, 40, 2), 1, 3, 5])
     with pytest.raises(ValueError, match="class 'ring' has 3 galaxies, fewer than the 4 folds"):
         validate(dataset=few, folds=4)
@@ -315,6 +315,8 @@ def test_too_few_galaxies_for_the_folds_are_refused(validate, galaxies):
         validate(dataset=few.select(range(22)), folds=2)
     with pytest.raises(ValueError, match="frozen is of the type UnfrozenStageArguments; give FrozenStageArguments, or"):
         validate(frozen=UnfrozenStageArguments(use_cpu=True))
+    with pytest.raises(ValueError, match="processor is of the type dict; give a ZoobotImageProcessor, which"):
+        cross_validate(layer_norm_model, {}, galaxies, folds=2)
 
 
 def test_a_class_of_near_duplicates_is_refused_before_a_fold_is_trained(validate, remembered, galaxies):

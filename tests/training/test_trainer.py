@@ -160,7 +160,7 @@ EXACT, ROUNDED = {torch.float32}, {torch.bfloat16}
     ],
 )
 def test_training_steps_and_evaluations_have_the_precision_that_is_asked_for(
-    settings, in_training, in_evaluation, layer_norm_model, galaxies, processor, tmp_path, monkeypatch
+    settings, in_training, in_evaluation, layer_norm_model, galaxies, processor, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate config` has it, which isn't asked
     seen = {True: set(), False: set()}
@@ -174,6 +174,7 @@ def test_training_steps_and_evaluations_have_the_precision_that_is_asked_for(
     arguments = unfrozen_arguments(tmp_path, num_train_epochs=1, **settings)
     train(UnfrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
     assert seen == {True: in_training, False: in_evaluation}
+    assert ("mixed precision is passed over; bf16=True asks" in caplog.text) == (in_evaluation == EXACT)
 
 
 def test_a_model_that_was_trained_in_bfloat16_predicts_in_the_precision_that_is_asked_for(

@@ -1,6 +1,7 @@
 """The arguments of the two stages: TrainingArguments with a few fields more and other defaults."""
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from .machine import trains_in_bf16, uses_bf16
+
+logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
 
@@ -151,6 +154,9 @@ class _StageArguments(TrainingArguments):
         super().__post_init__()
         if not (self.bf16 or self.fp16):
             # Of accelerate's configuration it would round evaluations too, and also where float32 was asked for.
+            asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+            if asked != "no":
+                logger.warning("Accelerate's mixed precision is passed over; %s=True asks for it.", asked)
             self.mixed_precision = "no"
         # Pinning needs a device to copy to; without one PyTorch warns at every start of a loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"

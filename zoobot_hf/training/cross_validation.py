@@ -53,7 +53,7 @@ from .folds import assign_folds, check_classes, group_near_duplicates
 from .machine import tune_memory_allocator
 from .reading import Pictures
 from .stages import StageResult, best_stage, check_same_run, choose_arguments, fingerprint_run, forget_run, run_stages
-from .trainer import FrozenStageTrainer, check_labels
+from .trainer import FrozenStageTrainer, check_kinds, check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -181,10 +181,11 @@ def cross_validate(
 
     Raises:
         FileNotFoundError: The best checkpoint of a fold that was killed is gone.
-        ValueError: Arguments of another class, no `ClassLabel`, a class with fewer galaxies than folds (or than three),
-            a galaxy that is there twice, labels that aren't the model's, a prevalence that doesn't fit, a class of
-            which nearly all are near-duplicates of each other, or a `work_dir` of another run.
+        ValueError: A model, processor or arguments of another class, no `ClassLabel`, a class with fewer galaxies than
+            folds (or than three), a galaxy that is there twice, labels that aren't the model's, a prevalence that
+            doesn't fit, a class of which nearly all are near-duplicates of each other, or a `work_dir` of another run.
     """
+    check_kinds(model, processor)
     tune_memory_allocator()
     galaxies = _join(dataset)
     check_labels(galaxies, model)
