@@ -5,7 +5,7 @@ import pytest
 import sklearn.metrics
 from astropy.stats import binom_conf_interval
 from scipy.special import softmax
-from scipy.stats import beta
+from scipy.stats import beta, norm
 
 from zoobot_hf.evaluation.calibration import probabilities_at_prevalence
 from zoobot_hf.evaluation.intervals import class_weights_for
@@ -153,6 +153,16 @@ def test_what_was_not_seen_among_few_galaxies_may_be_there_in_the_sky():
     for scores in (labelled, sky):
         assert 0.9 < scores["roc_auc"].low < scores["roc_auc"].high == 1
     assert sky["average_precision"].low < 0.6 < 0.9 < labelled["average_precision"].low
+
+
+def test_a_classifier_nearly_without_error_may_be_better_than_it_was_measured():
+    labels, distance, inside = np.repeat([0, 1], 300), 4.5, []
+    for seed in range(20):
+        ratio = distance * (np.random.default_rng(seed).normal(size=600) + distance * (labels - 0.5))
+        given = softmax(np.stack([0 * ratio, ratio], axis=1), axis=1)
+        scores = score_probabilities(given, labels, label_names=NAMES, draws=60, seed=seed).labels["ring"]
+        inside.append(scores["roc_auc"].low < norm.cdf(distance / np.sqrt(2)) < scores["roc_auc"].high)
+    assert np.mean(inside) > 0.9  # of draws with ends alone 0.75, of galaxies drawn again alone 0.85
 
 
 @pytest.mark.parametrize(("share", "has_interval"), [(0.07, True), (0.06, False), (0.94, False)])

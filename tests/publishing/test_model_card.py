@@ -284,8 +284,9 @@ def test_a_card_says_where_its_intervals_are_from(problem_type, said):
     scores = {"roc_auc": (0.8, 0.7, 0.9), "average_precision": (0.6, math.nan, math.nan)}
     stage = StageFacts(name="frozen", scores={"labelled": scores})
     text = render(problem_type=problem_type, stages=[stage])
-    assert f"90% intervals, from drawing the galaxies again; those of {said} threshold selects are from post" in text
-    assert f"Of the drawn ones there is none where a class has fewer than {SMALLEST_CLASS} galaxies" in text
+    assert "90% intervals, from drawing the galaxies again. Those of ROC AUC, average precision, and comp" in text
+    assert f"; those of {said} threshold selects are from such posteriors alone." in text
+    assert f"There is none where a class has fewer than {SMALLEST_CLASS} galaxies" in text
     assert "| roc auc | 0.800 (0.700 to 0.900) |\n| average precision | 0.600 |" in text
 
 

@@ -1,11 +1,11 @@
 """Values with the interval that the true one lies in, and galaxies weighted as the sky has them.
 
 Shares of galaxies (accuracy, completeness, a rate of false positives) have Jeffreys intervals, which stay honest where
-all or none of a few galaxies count. What is made of such shares at all thresholds, like the area under a curve, has
-draws that agree with Jeffreys at each of them (`draw_with_ends`). Mean losses are bootstrapped: galaxies are drawn
-again with replacement, as many of each class as there are, so that no draw is without a rare class. All are for a
-population with just these shares of the classes, and too narrow where a class has few galaxies. A row is a galaxy:
-average several views of one first, or the intervals come out narrower still.
+all or none of a few galaxies count. Everything else is bootstrapped: galaxies are drawn again with replacement, as many
+of each class as there are, so that no draw is without a rare class. What is made of shares at all thresholds, like the
+area under a curve, has intervals that also hold draws which agree with Jeffreys at each of them (`draw_with_ends`). All
+are for a population with just these shares of the classes. A row is a galaxy: average several views of one first, or
+the intervals come out too narrow.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -88,6 +88,16 @@ def interval_of_draws(value: float, draws: npt.ArrayLike, *, confidence: float =
     return Estimate(float(value), float(min(low, value)), float(max(high, value)))
 
 
+def widest(one: Estimate, other: Estimate) -> Estimate:
+    """A value with an interval that holds both of its intervals; NaN is none.
+
+    Args:
+        one: The value with an interval.
+        other: The same value with another one.
+    """
+    return Estimate(one.value, float(np.fmin(one.low, other.low)), float(np.fmax(one.high, other.high)))
+
+
 def class_weights_for(labels: npt.ArrayLike, prevalence: Sequence[float] | None) -> Floats:
     """The weight of each galaxy that gives its class the share that it has in the sky.
 
@@ -142,7 +152,8 @@ def draw_with_ends(strata: npt.ArrayLike, weights: Floats, *, draws: int, seed: 
 
     It is the Bayesian bootstrap (Rubin 1981, Annals of Statistics 9, 130) with a prior: the share of a class above any
     threshold has the posterior of Jeffreys. Galaxies drawn again can't be other than those seen; but where a few stand
-    for most of the sky, that none of them was seen above a threshold doesn't mean that none is there.
+    for most of the sky, that none of them was seen above a threshold doesn't mean that none is there. The ends only
+    lower the area under a curve: a classifier that is nearly without error may be better than these draws say.
 
     Args:
         strata: The class of each galaxy, (n,).
@@ -196,9 +207,8 @@ def estimates_of_draws(
 ) -> dict[str, Estimate]:
     """Scores with the intervals of their draws, where these say enough.
 
-    With 10 galaxies of a class, an interval of 90% of the ROC AUC holds the truth in 77% of cases, and with a single
-    one, which is in every draw, in 11%. So both ends are NaN where a class has fewer than 10 galaxies; and where they
-    would be the same: draws that agree don't say how far the truth may be.
+    A single galaxy of a class is in every draw, and a few are drawn too alike: both ends are NaN where a class has
+    fewer than 10 galaxies; and where they would be the same, because draws that agree don't say how far the truth is.
 
     Args:
         values: By name, of the galaxies as they are.
