@@ -71,7 +71,6 @@ def parse_options(description):
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, help="in bfloat16 or not; the default if absent"
     )
-    parser.add_argument("--variants", nargs="+", help="of the bare loop")
     return parser.parse_args()
 
 

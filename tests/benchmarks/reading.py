@@ -23,25 +23,22 @@ GALAXIES = 128
 def main(encoder, folder, rounds="6", precision="float32"):
     is_bf16 = precision == "bf16"
     processor = image_processor_for(encoder)
+    size = default_batch_size(torch.device("cpu"))
     paths = sorted(Path(folder).glob("*.jpg"))[:GALAXIES]
+    paths = paths[: len(paths) // size * size]
+    if not paths:
+        sys.exit(f"{folder} has fewer than {size} files *.jpg, a batch; give a folder with more.")
     competitors = {}
     for torch_compile in (False, True):
         mode = "compiled" if torch_compile else "eager"
         model = load(encoder)
-        runner = InferenceRunner(
-            load(encoder),
-            batch_size=default_batch_size(model.device),
-            torch_compile=torch_compile,
-            bf16=is_bf16,
-        )
-        first = [read_image(path, processor) for path in paths[: runner.batch_size]]
+        runner = InferenceRunner(load(encoder), batch_size=size, torch_compile=torch_compile, bf16=is_bf16)
+        first = [read_image(path, processor) for path in paths[:size]]
         pixels = processor.rescale_and_normalize(torch.stack(first))
         model = torch.compile(model) if torch_compile else model
         competitors |= {
-            f"bare, {mode}": partial(
-                repeat, partial(run_bare, model, pixels, is_bf16), len(paths) // runner.batch_size
-            ),
-            f"ours, {mode}": partial(repeat, partial(runner, pixels), len(paths) // runner.batch_size),
+            f"bare, {mode}": partial(repeat, partial(run_bare, model, pixels, is_bf16), len(paths) // size),
+            f"ours, {mode}": partial(repeat, partial(runner, pixels), len(paths) // size),
             f"ours, {mode}, from files": partial(predict_files, runner, processor, paths),
         }
     for predict in competitors.values():

@@ -126,7 +126,6 @@ def parse_options():
     parser.add_argument("--prediction_galaxies", type=int, default=1410)
     parser.add_argument("--stored_galaxies", type=int, default=100_000)
     parser.add_argument("--memory_galaxies", type=int, nargs="+", default=[1_000, 20_000])
-    parser.add_argument("--variants", nargs="+", help="of the bare loop; all of them when absent")
     parser.add_argument("--arguments", default="{}", help="JSON: further arguments of our two stages")
     parser.add_argument("--work", type=Path, default=Path(".benchmarks"))
     parser.add_argument("--results", type=Path, help="a new file in the work folder when absent")
@@ -268,8 +267,6 @@ def command_of(job, options, *, scratch, output):
         command.append("--bf16" if job.bf16 else "--no-bf16")
     if job.competitor == "ours":
         command += ["--arguments", options.arguments]
-    if job.competitor == "bare" and options.variants:
-        command += ["--variants", *options.variants]
     return [str(part) for part in command]
 
 
