@@ -15,6 +15,7 @@ import pytest
 import torch
 from astropy.io import fits
 from PIL import Image
+from safetensors import SafetensorError
 from scipy import stats
 from small_trees import BAR, SMOOTH, make_question
 from tiny_models import with_decided_head
@@ -1077,6 +1078,7 @@ PREDICT = ("predict", "--model=M", "--images=I", "--output=table.csv")
         (ValueError("spread over\n  two lines"), "zoobot-hf: spread over two lines"),
         (RuntimeError(), "zoobot-hf: RuntimeError"),
         (PermissionError(13, "Permission denied", "file"), "zoobot-hf: [Errno 13] Permission denied: 'file'"),
+        (SafetensorError("Error while serializing: I/O error"), "zoobot-hf: Error while serializing: I/O error"),
     ],
 )
 def test_an_error_is_one_line(error, line, refused, monkeypatch):

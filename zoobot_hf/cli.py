@@ -74,7 +74,8 @@ def _log_on_stdout() -> Iterator[None]:
 def _in_one_line(error: Exception) -> str:
     # Libraries below spread some of their messages over several lines, and a few have none.
     message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, SafetensorError):  # says neither what it read nor what to do
+    # Of a file that it reads it says neither which nor what to do.
+    if isinstance(error, SafetensorError) and "Error while serializing" not in message:
         return f"the model's weights, model.safetensors, are damaged ({message}); copy or download them again."
     return message
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from processes import run_on_two
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss
 from tiny_models import tiny_model
@@ -225,6 +226,21 @@ def test_a_model_that_is_written_again_has_no_card_until_all_is_written(run, tmp
     with pytest.raises(KilledError):
         run("out", skip_unfrozen=True, resume=True, decision_aim="purity", decision_at_least=0.9)
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_a_run_on_a_full_disk_says_so_and_goes_on(run, tmp_path, monkeypatch):
+    def find_no_space(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def be_full(place, folder, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, find_no_space)
+            with pytest.raises(OSError, match=f"no space is left in {folder} .*--resume"):
+                run("out", skip_unfrozen=True, **options)
+
+    be_full("zoobot_hf.ZoobotForImageClassification.save_pretrained", tmp_path / "out-checkpoints")
+    be_full("zoobot_hf.training.run_report.save_model", tmp_path / "out", resume=True)
+    assert run("out", skip_unfrozen=True, resume=True).kept_stage == "frozen"
 
 
 def test_an_output_folder_that_holds_a_run_is_refused(run, tmp_path):

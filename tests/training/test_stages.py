@@ -1,8 +1,10 @@
+import errno
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 from transformers import TrainerState
 
 from zoobot_hf.training import stages
@@ -59,3 +61,34 @@ def test_a_stage_with_outputs_that_are_not_finite_is_left_out(wrong, caplog):
     assert "The unfrozen stage has diverged" in caplog.text
     with pytest.raises(ValueError, match=r"The unfrozen stage has diverged .* lower learning_rate"):
         stages._without_diverged([unfrozen])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 8512 vs 8406"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ],
+)
+def test_a_full_disk_is_said_to_be_one_in_the_same_words(error, tmp_path):
+    message = rf"no space is left in {tmp_path} \(.+\); make room, and go on .*--resume"
+    with pytest.raises(OSError, match=message), stages.full_disk_named(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while deserializing header: header too large"),
+        RuntimeError("CUDA out of memory"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError("the embeddings take 9.0 MB, and No space left on device; clear the cache"),
+    ],
+)
+def test_what_is_no_full_disk_of_the_run_is_said_as_it_is(error, tmp_path):
+    with pytest.raises(type(error)) as raised, stages.full_disk_named(tmp_path):
+        raise error
+    assert raised.value is error

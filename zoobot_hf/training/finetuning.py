@@ -32,6 +32,7 @@ from .stages import (
     choose_arguments,
     fingerprint_run,
     forget_run,
+    full_disk_named,
     run_stages,
 )
 from .trainer import check_kinds, check_labels
@@ -112,6 +113,7 @@ def finetune(
         FileExistsError: The output folder holds a run, and neither `resume` nor `overwrite` was asked for; or `resume`,
             and the run was finished and its checkpoints are gone.
         FileNotFoundError: The best checkpoint of the run to resume is gone.
+        OSError: No space left; what is finished stays.
         UnreadableImageError: Some images can't be read.
         ValueError: A model, a processor or arguments of another class, or with push_to_hub; the dataset lacks a split
             or a column, or its labels aren't the model's; a class without a training galaxy; a prevalence or an aim
@@ -167,17 +169,18 @@ def finetune(
         out_of_fold_metrics=None if out_of_fold is None else metrics[kept.name],
     )
     if PartialState().is_main_process:
-        write_run(
-            finetuned,
-            processor,
-            dataset,
-            judged=judged,
-            out_of_fold=out_of_fold,
-            counts=counts,
-            dataset_name=dataset_name,
-            cuts=cuts or {},
-            license_name=license_name,
-        )
+        with full_disk_named(output_dir):
+            write_run(
+                finetuned,
+                processor,
+                dataset,
+                judged=judged,
+                out_of_fold=out_of_fold,
+                counts=counts,
+                dataset_name=dataset_name,
+                cuts=cuts or {},
+                license_name=license_name,
+            )
     PartialState().wait_for_everyone()
     return finetuned
 

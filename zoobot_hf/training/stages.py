@@ -1,12 +1,14 @@
 """The frozen and then the unfrozen stage, in a folder from which a run that was killed goes on."""
 
+import contextlib
 import copy
+import errno
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
+from safetensors import SafetensorError
 from transformers import EvalPrediction, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -37,6 +40,8 @@ STAGES = ("frozen", "unfrozen")
 STATE_FILE = "trainer_state.json"  # the last that Trainer writes of a checkpoint
 # What a run itself writes into a model's configuration.
 FIELDS_SET_BY_RUN = set(FIELDS_OF_OLD_HEAD) - {"class_weights"}
+# What safetensors and PyTorch (caffe2/serialize/inline_container.cc, or its stream) say of a disk that is full.
+TEXTS_OF_FULL_DISK = ("No space left", "quota exceeded", "unexpected pos", "iostream error")
 
 
 @dataclass
@@ -115,12 +120,39 @@ def run_stages(
 
     Raises:
         FileNotFoundError: The best checkpoint of an unfinished stage is gone.
+        OSError: No space left; what is finished stays.
         ValueError: All stages have diverged.
     """
-    stages = [_run_stage("frozen", frozen_trainer, model, frozen, processor, dataset, work_dir)]
-    if unfrozen is not None:
-        stages.append(_run_stage("unfrozen", UnfrozenStageTrainer, model, unfrozen, processor, dataset, work_dir))
+    with full_disk_named(work_dir):
+        stages = [_run_stage("frozen", frozen_trainer, model, frozen, processor, dataset, work_dir)]
+        if unfrozen is not None:
+            stages.append(_run_stage("unfrozen", UnfrozenStageTrainer, model, unfrozen, processor, dataset, work_dir))
     return _without_diverged(stages)
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Says in one error what every library says of a full disk in its own words, and how to go on.
+
+    Args:
+        folder: What is written to.
+
+    Raises:
+        OSError: No space left.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # The cache of embeddings, which lies elsewhere, has said so itself, in an error without a number.
+        if isinstance(error, OSError):
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else:
+            is_full = any(text in str(error) for text in TEXTS_OF_FULL_DISK)
+        if not is_full:
+            raise
+        raise OSError(
+            f"no space is left in {folder} ({error}); make room, and go on with the run (resume=True, --resume)."
+        ) from error
 
 
 def best_stage(stages: list[StageResult]) -> StageResult:
