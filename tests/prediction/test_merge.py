@@ -124,6 +124,14 @@ def test_the_catalog_is_not_overwritten(survey_folder, galaxy_folder):
     assert (galaxy_folder / "catalog.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["failures.parquet", "predictions/000000.parquet", "predictions/all.parquet"])
+def test_the_surveys_own_files_are_not_overwritten(name, survey_folder):
+    before = {path: path.is_file() and path.read_bytes() for path in survey_folder.rglob("*")}
+    with pytest.raises(CatalogError, match=rf"{name} is among the survey's own files; choose another name or folder"):
+        merge_predictions(survey_folder, survey_folder / name)
+    assert {path: path.is_file() and path.read_bytes() for path in survey_folder.rglob("*")} == before
+
+
 def test_what_can_not_be_joined_is_named(survey_folder, galaxy_folder, tmp_path):
     whole = pd.read_csv(galaxy_folder / "catalog.csv")
     whole[1:].to_csv(galaxy_folder / "short.csv", index=False)

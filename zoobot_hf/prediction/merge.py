@@ -56,7 +56,7 @@ def merge_predictions(
     Raises:
         SurveyError: The folder holds no finished predictions, or a damaged file of them.
         CatalogError: The suffix is unknown; the catalog lacks a galaxy, or has columns of the same names; the path
-            is the catalog's; or what `check_columns_fit` refuses.
+            is the catalog's, or the survey's own; or what `check_columns_fit` refuses.
         ValueError: A table that isn't known, or that the model hasn't.
     """
     path, folder = Path(path), Path(folder)
@@ -67,6 +67,9 @@ def merge_predictions(
         raise ValueError(f"table is {table!r}; choose one of {', '.join(TABLES)}.")
     if catalog is not None:
         check_catalog_is_kept(Path(catalog), output=path)
+    own = {(folder / name).resolve() for name in ("failures.parquet", "predictions")}
+    if own & {path.resolve(), path.resolve().parent}:
+        raise CatalogError(f"path {path} is among the survey's own files; choose another name or folder.")
     if (read_manifest(folder) or {}).get("contents") == "embeddings":
         raise SurveyError(f"{folder} holds embeddings, which are Parquet files as they are: {folder / 'embeddings'}.")
     manifest = read_finished(folder, contents="predictions")
