@@ -174,7 +174,15 @@ def test_training_steps_and_evaluations_have_the_precision_that_is_asked_for(
     arguments = unfrozen_arguments(tmp_path, num_train_epochs=1, **settings)
     train(UnfrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
     assert seen == {True: in_training, False: in_evaluation}
-    assert ("mixed precision is passed over; bf16=True asks" in caplog.text) == (in_evaluation == EXACT)
+    is_said = "precision bf16 is passed over for the stage's own, no: choose it with bf16 or fp16" in caplog.text
+    assert is_said == (in_evaluation == EXACT)
+
+
+@pytest.mark.parametrize(("asked", "own"), [("fp8", "no"), ("fp8", "bf16"), ("fp16", "bf16")])
+def test_a_precision_of_the_launcher_that_is_passed_over_is_said(asked, own, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    assert unfrozen_arguments(tmp_path, bf16=own == "bf16").mixed_precision == own
+    assert f"mixed precision {asked} is passed over for the stage's own, {own}:" in caplog.text
 
 
 @pytest.mark.parametrize("bf16", [True, False])

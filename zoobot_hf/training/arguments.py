@@ -152,12 +152,15 @@ class _StageArguments(TrainingArguments):
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("error"):
             self.greater_is_better = False
         super().__post_init__()
-        if not (self.bf16 or self.fp16):
-            # Of accelerate's configuration it would round evaluations too, and also where float32 was asked for.
-            asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-            if asked != "no":
-                logger.warning("Accelerate's mixed precision is passed over; %s=True asks for it.", asked)
-            self.mixed_precision = "no"
+        # That of accelerate's configuration would round evaluations too, and also where float32 was asked for.
+        self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if asked not in ("no", self.mixed_precision) and self.should_log:
+            logger.warning(
+                "Accelerate's mixed precision %s is passed over for the stage's own, %s: choose it with bf16 or fp16.",
+                asked,
+                self.mixed_precision,
+            )
         # Pinning needs a device to copy to; without one PyTorch warns at every start of a loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         for name, (value, reason) in FIXED_ARGUMENTS.items():
