@@ -332,6 +332,15 @@ def test_writing_that_fails_leaves_the_old_file(folder, table, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["0.png", "1.png", "2.png", "galaxies.csv"]
 
 
+def test_a_link_stays_and_what_it_points_to_is_written(folder, table):
+    (folder / "disk").mkdir()
+    (folder / "galaxies.csv").symlink_to("disk/galaxies.csv")
+    for rows in (table, table.iloc[:1]):  # to a file that isn't there yet, and to one that is
+        write_catalog(rows, folder / "galaxies.csv")
+        assert (folder / "galaxies.csv").is_symlink()
+        assert len(pd.read_csv(folder / "disk/galaxies.csv")) == len(rows)
+
+
 def test_a_compressed_file_is_not_written(folder, table):
     with pytest.raises(CatalogError, match=r"ends in \.gz; catalogs are written uncompressed"):
         write_catalog(table, folder / "galaxies.csv.gz")

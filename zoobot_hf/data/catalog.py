@@ -229,8 +229,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes the file once all is written, and is gone where that fails.
 
     Args:
-        path: The file.
+        path: The file, or a link to it, which stays.
     """
+    path = path.resolve()
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         yield partial
