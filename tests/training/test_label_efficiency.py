@@ -101,6 +101,13 @@ def test_a_test_split_stays_the_test_set(measure, galaxies, monkeypatch):
     assert curve.extrapolation is None
 
 
+def test_a_test_split_without_a_class_is_refused(measure, galaxies):
+    rings, others = np.flatnonzero(galaxies["label"]), np.flatnonzero(np.logical_not(galaxies["label"]))
+    splits = DatasetDict(train=galaxies.select([*others, *rings[5:]]), test=galaxies.select(rings[:5]))
+    with pytest.raises(ValueError, match="split has no galaxy of class not ring, and its scores would look too good"):
+        measure(dataset=splits)
+
+
 def test_the_encoder_sees_each_galaxy_and_view_once(measure, layer_norm_model, monkeypatch):
     images = 0
     forward = layer_norm_model.zoobot.forward

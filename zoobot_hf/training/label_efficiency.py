@@ -129,10 +129,13 @@ def measure_label_curve(
         cache_dir: Where embeddings are kept; below the Hugging Face home when absent.
 
     Raises:
-        ValueError: A number below 2; none of them is there; fewer than two seeds; what folds need is not there.
+        ValueError: A number below 2; none of them is there; fewer than two seeds; what folds need is not there; the
+            `test` split has no galaxy of a class.
     """
     galaxies, is_test = _join(dataset)
     labels = check_classes(galaxies, folds=2 if is_test.any() else FOLDS)
+    if is_test.any():
+        _check_classes_of_test(labels[is_test], names=galaxies.features["label"].names)
     embedded = {FROZEN: _embed(model, processor, galaxies, views=views, cache_dir=cache_dir)}
     if with_untrained:
         untrained = make_untrained(model, seed=seed)
@@ -261,6 +264,16 @@ def _join(dataset: Dataset | DatasetDict) -> tuple[Dataset, npt.NDArray[np.bool_
     columns = ["id_str", "image", "label"]
     joined = concatenate_datasets([dataset[name].select_columns(columns) for name in names])
     return joined, np.concatenate([np.full(len(dataset[name]), name == "test") for name in names])
+
+
+def _check_classes_of_test(labels: Integers, *, names: Sequence[str]) -> None:
+    # The heads are told the shares of the test galaxies, and would never say a class that isn't among them.
+    missing = [name for number, name in enumerate(names) if number not in labels]
+    if missing:
+        raise ValueError(
+            f"the test split has no galaxy of class {', '.join(missing)}, and its scores would look too good; add "
+            "galaxies of this class to it, or leave the split out, so that a fifth of the others is the test set."
+        )
 
 
 def _embed(
