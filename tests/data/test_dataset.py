@@ -585,8 +585,8 @@ def test_a_folder_with_a_catalog_is_loaded(tmp_path):
 def test_a_folder_of_classes_is_loaded(tmp_path):
     save_image(tmp_path / "ring/1.png")
     save_image(tmp_path / "no ring/2.png")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/predictions.parquet").touch()
+    (tmp_path / "run.csv").mkdir()
+    (tmp_path / "run.csv/predictions.parquet").touch()
 
     galaxies = load_galaxy_dataset(tmp_path, label_column="class")
 
@@ -601,7 +601,7 @@ def test_subfolders_are_no_classes_beside_a_table_that_may_hold_the_labels(folde
     save_image(tmp_path / folder / "north/1.png")
     save_image(tmp_path / folder / "south/2.png")
     (tmp_path / name).touch()
-    message = f"holds '{name}' and no catalog.csv; if the labels are in that file, give it .* classes, move it away"
+    message = f"holds '{name}' and no catalog.csv; if a table has the labels, give it .* classes, move tables away"
     with pytest.raises(CatalogError, match=message):
         load_galaxy_dataset(tmp_path, label_column="ring")
     load_galaxy_dataset(tmp_path, label_column=None)

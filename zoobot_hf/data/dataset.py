@@ -351,17 +351,17 @@ def _list_columns(label_column: str | Sequence[str] | None, *, problem_type: Pro
 
 
 def _check_labels_are_in_no_other_table(source: Path) -> None:
-    """Refuses a folder whose subfolders would name the classes, while a table in it is left unread."""
+    """Refuses a folder whose subfolders would name the classes, while a table beside them is left unread."""
     if source.is_file() or find_catalog(source):
         return
     suffixes = tuple(suffix for suffix in CATALOG_FORMATS if suffix not in IMAGE_SUFFIXES)
-    there = sorted(path.name for path in source.iterdir() if not path.name.startswith("."))
+    there = sorted(path.name for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
     tables = [name for name in there if name.lower().removesuffix(".gz").endswith(suffixes)]
     if tables:
         raise CatalogError(
-            f"folder {source} holds {quote(tables[:5])}{', ...' if len(tables) > 5 else ''} and no catalog.csv; if the "
-            "labels are in that file, give it instead of the folder or call it catalog, and if the subfolders are the "
-            "classes, move it away."
+            f"folder {source} holds {quote(tables[:5])}{', ...' if len(tables) > 5 else ''} and no catalog.csv; if a "
+            "table has the labels, give it instead of the folder or call it catalog, and if the subfolders are the "
+            "classes, move tables away."
         )
 
 
