@@ -181,9 +181,10 @@ def cross_validate(
 
     Raises:
         FileNotFoundError: The best checkpoint of a fold that was killed is gone.
-        ValueError: A model, processor or arguments of another class, no `ClassLabel`, a class with fewer galaxies than
-            folds (or than three), a galaxy that is there twice, labels that aren't the model's, a prevalence that
-            doesn't fit, a class of which nearly all are near-duplicates of each other, or a `work_dir` of another run.
+        ValueError: A model, processor or arguments of another class, or with push_to_hub; no `ClassLabel`, a class with
+            fewer galaxies than folds (or than three), a galaxy that is there twice, labels that aren't the model's, a
+            prevalence that doesn't fit, a class of which nearly all are near-duplicates of each other, or a `work_dir`
+            of another run.
     """
     check_kinds(model, processor)
     tune_memory_allocator()
