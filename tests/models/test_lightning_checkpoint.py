@@ -100,18 +100,22 @@ def test_a_finetuned_regressor_predicts_as_it_did(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("outputs", "asked", "labels"),
+    ("outputs", "asked", "labels", "problem"),
     [
-        (34, {"decision_tree": load_survey("euclid").to_dict()}, 46),
-        (34, {"label_names": ["not ring", "ring"]}, 2),
-        (3, {"decision_tree": DECALS}, 34),
-        (3, {"label_names": ["not ring", "ring"]}, 2),
-        (3, {"head_type": "mlp"}, 3),
-        (3, {"pooling": "mean"}, 3),
-        (1, {"label_names": ["not ring", "ring"], "problem_type": "single_label_classification"}, 2),
+        (34, {"decision_tree": load_survey("euclid").to_dict()}, 46, "votes"),
+        (34, {"label_names": ["not ring", "ring"]}, 2, "single_label_classification"),
+        (34, {"label_names": [str(number) for number in range(34)]}, 34, "single_label_classification"),
+        (3, {"decision_tree": DECALS}, 34, "votes"),
+        (3, {"label_names": ["not ring", "ring"]}, 2, "single_label_classification"),
+        (3, {"problem_type": "multi_label_classification"}, 3, "multi_label_classification"),
+        (3, {"head_type": "mlp"}, 3, "single_label_classification"),
+        (3, {"pooling": "mean"}, 3, "single_label_classification"),
+        (1, {"label_names": ["not ring", "ring"]}, 2, "single_label_classification"),
+        (1, {"label_names": ["ring"], "problem_type": "multi_label_classification"}, 1, "multi_label_classification"),
+        (1, {"head_type": "mlp"}, 1, "regression"),
     ],
 )
-def test_another_head_is_new_on_the_files_encoder(outputs, asked, labels, tmp_path, images, caplog):
+def test_another_head_is_new_on_the_files_encoder(outputs, asked, labels, problem, tmp_path, images, caplog):
     original = FinetunedByZoobot(outputs, is_tree=outputs == 34)
     path = save(original, tmp_path / "old.ckpt", **({"unit_interval": True} if outputs == 1 else {}))
     kind = ZoobotForGalaxyZoo if "decision_tree" in asked else ZoobotForImageClassification
@@ -119,7 +123,8 @@ def test_another_head_is_new_on_the_files_encoder(outputs, asked, labels, tmp_pa
         model = kind.from_pretrained(path, **asked)
     before = original.encoder.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.encoder.timm_model.state_dict().items())
-    assert (model.config.num_labels, model.config.unit_interval) == (labels, False)
+    assert (model.config.num_labels, model.config.problem_type) == (labels, problem)
+    assert model.config.unit_interval is (problem == "regression")
     assert "The old head of old.ckpt was left out." in caplog.text
     assert "is new, to be trained" in caplog.text
 

@@ -167,8 +167,11 @@ class Checkpoint:
             loaded = load_encoder(self.folder, dtype=dtype)
         else:
             loaded = load_zoobot_encoder(self.zoobot_model, fields.pop("encoder_config", None), dtype=dtype)
-            old = {} if self.keeps_zoobot_head() else FIELDS_OF_OLD_LABELS
-            fields = {**self.zoobot_model.config_fields(), **old, **fields}
+            old = self.zoobot_model.config_fields()
+            if self._asks_for_other_outputs(self.zoobot_model):
+                old |= FIELDS_OF_OLD_LABELS
+                old.pop("problem_type", None)
+            fields = {**old, **fields}
             fields.setdefault("id2label", {i: f"LABEL_{i}" for i in range(len(self.zoobot_model.head_bias))})
         fields = {"pooling": loaded.pooling, "encoder_name": self.repository, **fields}
         config = ZoobotConfig(loaded.model.config, **fields)
@@ -182,14 +185,20 @@ class Checkpoint:
         return loaded.model, config
 
     def keeps_zoobot_head(self) -> bool:
-        """Whether it is a `.ckpt` file whose head is of the kind that was asked for, with as many outputs."""
-        old = self.zoobot_model
-        if old is None:
+        """Whether it is a `.ckpt` file whose head is of the kind that was asked for, with the same outputs."""
+        if self.zoobot_model is None or self._asks_for_other_outputs(self.zoobot_model):
             return False
+        reading = (self.fields.get("pooling", "pooler"), self.fields.get("head_type", "linear"))
+        return reading == ("pooler", "linear")
+
+    def _asks_for_other_outputs(self, old: ZoobotCheckpoint) -> bool:
+        """Whether another number of outputs than those of a `.ckpt` file was asked for, or another problem."""
         asks_for_tree = self.fields.get("decision_tree") is not None
         count = len(self.fields.get("id2label", old.head_bias))
-        reading = (self.fields.get("pooling", "pooler"), self.fields.get("head_type", "linear"))
-        return (asks_for_tree, count, *reading) == (old.answers_a_tree, len(old.head_bias), "pooler", "linear")
+        otherwise = "votes" if old.answers_a_tree else "single_label_classification"
+        problem = old.config_fields().get("problem_type", otherwise)
+        wanted = (asks_for_tree, count, self.fields.get("problem_type") or problem)
+        return wanted != (old.answers_a_tree, len(old.head_bias), problem)
 
     def copy_zoobot_head(self, head: nn.Sequential, config: ZoobotConfig) -> None:
         """Copies the weights of a finetuned Zoobot model's head, output by output.
