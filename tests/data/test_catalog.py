@@ -17,6 +17,7 @@ from astropy.time import Time
 from zoobot_hf.data.catalog import (
     CATALOG_FORMATS,
     CatalogError,
+    check_catalog_can_be_written,
     find_catalog,
     read_catalog,
     read_galaxies,
@@ -339,6 +340,11 @@ def test_a_link_stays_and_what_it_points_to_is_written(folder, table):
         write_catalog(rows, folder / "galaxies.csv")
         assert (folder / "galaxies.csv").is_symlink()
         assert len(pd.read_csv(folder / "disk/galaxies.csv")) == len(rows)
+
+
+def test_a_name_too_long_for_a_file_that_is_being_written_is_refused_before(folder):
+    with pytest.raises(CatalogError, match=r"File name too long; make the folder, .* or a shorter name"):
+        check_catalog_can_be_written(folder / f"{'x' * 246}.csv")
 
 
 def test_a_compressed_file_is_not_written(folder, table):

@@ -7,7 +7,6 @@ own names. Whatever else is in the table is kept.
 import contextlib
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -231,11 +230,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     Args:
         path: The file, or a link to it, which stays.
     """
-    path = path.resolve()
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    partial = _partial(path)
     try:
         yield partial
-        os.replace(partial, path)
+        os.replace(partial, path.resolve())
     finally:
         partial.unlink(missing_ok=True)
 
@@ -247,20 +245,21 @@ def check_catalog_can_be_written(path: str | Path) -> None:
         path: Where a table shall go. Nothing is left there.
 
     Raises:
-        CatalogError: The suffix is unknown or says compressed; a folder has this name; or the file's folder is not
-            there or can't be written to.
+        CatalogError: The suffix is unknown or says compressed; a folder has this name; the name is too long; or the
+            file's folder is not there or can't be written to.
     """
     path = Path(path)
     _find_format_to_write(path)
     if path.is_dir():
         raise CatalogError(f"table {path} is a folder; give the name of a file.")
+    partial = _partial(path)
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        partial.touch()
+        partial.unlink()
     except OSError as error:
         raise CatalogError(
-            f"table {path} can't be written to the folder {path.parent}: {error.strerror}; make the folder, or choose "
-            "one that you may write to."
+            f"table {path} can't be written to the folder {partial.parent}: {error.strerror}; make the folder, or "
+            "choose one that you may write to, or a shorter name."
         ) from error
 
 
@@ -451,6 +450,11 @@ def column_for_astropy(column: pd.Series, *, file_format: str) -> MaskedColumn |
         # FITS writes the masked ones as the fill value. Astropy's own, 999999, may be another galaxy's number.
         return MaskedColumn(column.fillna(0).to_numpy(dtype), mask=missing, fill_value=np.iinfo(dtype).min)
     return np.asarray(column.to_numpy(dtype, na_value=np.nan) if dtype.kind == "f" else column.to_numpy(dtype))
+
+
+def _partial(path: Path) -> Path:
+    path = path.resolve()  # a link stays, and what it points to is written
+    return path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
 
 
 def _find_format(path: Path) -> str:
