@@ -177,9 +177,15 @@ def test_another_run_may_compute_the_same_meanwhile(layer_norm_model, galaxies, 
 
 def test_too_little_space_is_said_before_the_encoder_runs(key, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(OSError, match=r"take 0\.0 MB in .*cache --clear"):
+    with pytest.raises(OSError, match=r"take 0\.0 MB in .* kept there: 0\.0 MB are free; .*cache --clear.*HF_HOME"):
         key()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_can_not_be_written_to_is_named(key, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"MB in .*file/cache, and can't be kept there: .*Not a directory.* set HF_HOME"):
+        key(cache_dir=tmp_path / "file/cache")
 
 
 def test_a_disk_that_fills_up_leaves_no_half_cache(key, tmp_path, monkeypatch):

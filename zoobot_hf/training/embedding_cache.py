@@ -470,11 +470,14 @@ class _EmbeddingFile:
                 self.size / 1e6,
                 self.path,
             )
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._check_space()
-            with open(self.partial, "wb") as file:
-                file.write(self.header)
-                file.truncate(len(self.header) + self.size)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._check_space()
+                with open(self.partial, "wb") as file:
+                    file.write(self.header)
+                    file.truncate(len(self.header) + self.size)
+            except OSError as error:
+                raise self._not_kept(error) from error
         PartialState().wait_for_everyone()
         self.file = open(self.partial, "r+b", buffering=0)  # closed in __exit__
         return self
@@ -502,7 +505,7 @@ class _EmbeddingFile:
             if self.file.write(values.tobytes()) != values.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise self._no_space(str(error)) from error
+            raise self._not_kept(error) from error
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self.file.close()
@@ -517,12 +520,13 @@ class _EmbeddingFile:
     def _check_space(self) -> None:
         free = shutil.disk_usage(self.path.parent).free
         if free < self.size + len(self.header):
-            raise self._no_space(f"{free / 1e6:.1f} MB are free")
+            raise OSError(f"{free / 1e6:.1f} MB are free")
 
-    def _no_space(self, reason: str) -> OSError:
+    def _not_kept(self, reason: OSError) -> OSError:
         return OSError(
-            f"the embeddings take {self.size / 1e6:.1f} MB in {self.path.parent}, and {reason}; clear the cache "
-            "(zoobot-hf cache --clear), choose another cache_dir, fewer views or float16."
+            f"the embeddings take {self.size / 1e6:.1f} MB in {self.path.parent}, and can't be kept there: {reason}; "
+            "clear the cache (zoobot-hf cache --clear), set HF_HOME to a folder that has room and that you may write "
+            "to, or choose fewer views or float16."
         )
 
 
