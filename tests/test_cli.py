@@ -991,7 +991,7 @@ def test_the_table_of_a_finished_run_is_not_overwritten(name, galaxy_folder, mod
     predict = ("predict", "--model", model, "--images", galaxy_folder, "--output", model / name)
     for arguments in (predict, ("merge", tmp_path / "survey", "--output", model / name)):
         line = refused(*arguments)
-        assert f"{name}, where a finished run has its galaxies of the test split; choose another" in line
+        assert f"{name}, where a finished run has its own predictions; choose another" in line
     assert contents(model) == contents(model_folder)
 
 

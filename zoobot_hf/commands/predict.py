@@ -84,7 +84,7 @@ def check_output(path: Path) -> None:
     check_catalog_can_be_written(path)
     if path.name in OPTIONAL_FILES and (path.parent / CONFIGURATION).is_file():
         raise ValueError(
-            f"output is {path}, where a finished run has its galaxies of the test split; choose another name or folder."
+            f"output is {path}, where a finished run has its own predictions; choose another name or folder."
         )
 
 
