@@ -58,15 +58,18 @@ def test_every_draw_has_as_many_galaxies_of_each_class():
 
 
 def test_the_bootstrap_of_a_mean_has_its_standard_error():
-    values = np.random.default_rng(0).normal(size=400)
+    strata = np.repeat([0, 1], [100, 300])
+    values, weights_in_sky = np.random.default_rng(0).normal(5 * strata), class_weights_for(strata, [0.9, 0.1])
 
     def estimate(**options):
         def score(weights):
             return {"mean": float(np.average(values, weights=weights))}
 
-        return bootstrap_estimates(score, np.zeros(400), np.ones(400), draws=1000, **options)["mean"]
+        return bootstrap_estimates(score, strata, weights_in_sky, draws=1000, **options)["mean"]
 
-    mean, error = values.mean(), values.std() / 20
+    first, second = values[:100], values[100:]
+    mean = 0.9 * first.mean() + 0.1 * second.mean()
+    error = np.hypot(0.9 * first.std() / 10, 0.1 * second.std() / 300**0.5)
     assert estimate() == pytest.approx((mean, mean - 1.645 * error, mean + 1.645 * error), abs=0.15 * error)
     half = estimate(confidence=0.5, seed=1)
     assert half == pytest.approx((mean, mean - 0.674 * error, mean + 0.674 * error), abs=0.15 * error)
@@ -95,6 +98,8 @@ def test_the_drawn_share_above_a_threshold_has_the_interval_of_jeffreys(selected
         shares.append(drawn[of_first] @ is_above[of_first] / (0.9 * 85))
     jeffreys = beta.ppf([0.05, 0.95], selected + 0.5, 25 - selected + 0.5)
     assert np.quantile(shares, [0.05, 0.95]) == pytest.approx(jeffreys, abs=0.01)
+    one, other = (next(draw_with_ends(strata, weights, draws=1, seed=seed)) for seed in (1, 2))
+    assert not np.allclose(one, other)
 
 
 @pytest.mark.parametrize("count", [1, 9, 10])

@@ -70,6 +70,14 @@ def test_the_interval_holds_the_truth_as_often_as_promised():
     assert held >= 48
 
 
+@pytest.mark.parametrize(("value", "low", "high"), [(500, 49, 950), (20, 20, 950), (990, 49, 990)])
+def test_the_interval_has_the_middle_of_the_draws_and_the_value(value, low, high, monkeypatch):
+    more = iter([*np.random.default_rng(0).permutation(1000), value])
+    monkeypatch.setattr(power_law, "_more_labels", lambda law, labels: float(next(more)))
+    found = extrapolate(NUMBERS, runs(PowerLaw(0.05, 1.0, 0.5), noise=0.005), classes=3)
+    assert found.more == (3 * value, 3 * low, 3 * high)
+
+
 @pytest.mark.parametrize(("reach", "can_tell"), [(9.9, True), (10.1, False)])
 def test_ten_times_the_labels_that_were_tried_is_as_far_as_a_law_is_believed(reach, can_tell):
     exponent = EXPONENTS[140]

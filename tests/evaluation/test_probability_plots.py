@@ -123,7 +123,10 @@ def test_the_roc_and_its_area_are_scikit_learns(galaxies, drawn, tmp_path):
     upper, lower = drawn[0].axes
     assert upper.lines[1].get_label() == f"Area {sklearn.metrics.roc_auc_score(galaxies[1], galaxies[0]):.3f}"
     average = sklearn.metrics.average_precision_score(galaxies[1], galaxies[0])
-    assert lower.lines[1].get_label() == f"Average precision {average:.3f}"
+    steps = lower.lines[1]
+    assert steps.get_label() == f"Average precision {average:.3f}"
+    drawn_steps = STEP_LOOKUP_MAP[steps.get_drawstyle()](*points_of(steps).T)
+    assert sklearn.metrics.auc(*drawn_steps) == pytest.approx(average)
     assert lower.get_title("left") == f"ring: {galaxies[1].mean():.3g} of these galaxies"
     check_files(tmp_path / "roc.png")
 
@@ -144,7 +147,12 @@ def test_completeness_along_a_column_has_its_unit(galaxies, drawn, tmp_path):
 
 def test_label_curves_of_several_scores_stand_below_each_other_with_the_law(drawn, tmp_path):
     numbers, generator = np.array([5, 10, 20, 40]), np.random.default_rng(0)
-    rows = [(s, score, k, 0.6, 0.5, 0.7) for s in ("One", "Two") for score in ("accuracy", "log_loss") for k in numbers]
+    rows = [
+        (name, score, k, 0.6 + k / 1000, 0.5, 0.7)
+        for name in ("One", "Two")
+        for score in ("accuracy", "log_loss")
+        for k in numbers[::-1]
+    ]
     table = pd.DataFrame(rows, columns=["series", "score", "labels", "value", "low", "high"])
     errors = 0.05 + 0.9 * numbers**-0.5 + generator.normal(scale=0.005, size=(10, 4))
     law = extrapolate(numbers, errors, classes=2)
@@ -152,8 +160,11 @@ def test_label_curves_of_several_scores_stand_below_each_other_with_the_law(draw
     probability_plots.plot_label_curves(table, tmp_path / "curves.png", scores=scores, extrapolation=law)
     upper, lower = drawn[0].axes
     assert (upper.get_ylabel(), lower.get_ylabel()) == ("Accuracy", "Log loss")
+    assert points_of(upper.lines[0])[:, 1] == pytest.approx(0.6 + numbers / 1000)
     assert points_of(upper.lines[-1])[-1] == pytest.approx([40, 1 - law.law(40)])
-    assert upper.get_title("left").replace("\n", " ").startswith("About ")
+    sentence = upper.get_title("left").replace("\n", " ")
+    assert sentence.startswith("About ")
+    assert "of each class for 1 more point of accuracy (" in sentence
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["One", "Two", "Power law"]
     check_files(tmp_path / "curves.png")

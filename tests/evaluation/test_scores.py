@@ -59,6 +59,22 @@ def test_the_scores_are_scikit_learns_and_say_for_whom(galaxies, sky):
 
 
 @pytest.mark.parametrize("sky", [None, [0.8, 0.2]])
+def test_confidence_and_seed_decide_every_interval(galaxies, sky):
+    def intervals(**options):
+        scores = score_probabilities(*galaxies, label_names=NAMES, sky_prevalence=sky, draws=50, **options)
+        of_all = {f"{name} of all": estimate for name, estimate in scores.overall.items()} | scores.labels["ring"]
+        return {name: estimate[1:] for name, estimate in of_all.items() if not np.isnan(estimate.low)}
+
+    wide, narrow, other = intervals(), intervals(confidence=0.5), intervals(seed=1)
+    assert set(wide) == set(narrow) == set(other)
+    assert len(wide) == 8
+    for name, (low, high) in wide.items():
+        assert low < narrow[name][0] < narrow[name][1] < high
+        is_jeffreys = sky is None and name == "accuracy of all"
+        assert (other[name] == (low, high)) == is_jeffreys
+
+
+@pytest.mark.parametrize("sky", [None, [0.8, 0.2]])
 def test_completeness_at_a_purity_is_the_best_of_all_thresholds(galaxies, sky):
     probabilities, labels = galaxies
     weights = class_weights_for(labels, sky)

@@ -56,6 +56,7 @@ def test_accuracy_counts_confident_galaxies_alone():
                                      "vote_accuracy_bar": 1.0}  # fmt: skip
     assert compute(VoteAccuracy, majority=0.95)["vote_accuracy_shape"] == 1.0
     assert compute(VoteAccuracy, least_votes=11)["vote_accuracy_shape"] == 1.0
+    assert compute(VoteAccuracy, least_votes=4, majority=0.7)["vote_accuracy_shape"] == 3 / 4
 
 
 def test_errors_by_hand():

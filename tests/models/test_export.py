@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 from processes import run_without
 from safetensors.torch import save_file
@@ -137,6 +138,15 @@ def test_the_image_processor_of_a_plain_checkpoint_does_nearly_the_same(name, pi
     expected = processor(galaxy_images)["pixel_values"]
     assert plain.shape == expected.shape
     assert (plain - expected).abs().mean() < 0.004  # one of 255
+
+
+def test_timm_takes_the_same_crop_at_the_size_of_its_tests(pixel_values, tmp_path):
+    processor = ZoobotImageProcessor(32, zoom=1.5)
+    export_to_transformers(make_model("timm"), processor, tmp_path / "plain", pixel_values=pixel_values)
+    settings = json.loads((tmp_path / "plain/config.json").read_text())["pretrained_cfg"]
+    for is_for_tests in (False, True):
+        found = timm.data.resolve_data_config(pretrained_cfg=settings, use_test_size=is_for_tests)
+        assert (tuple(found["input_size"]), found["crop_pct"]) == ((3, 32, 32), pytest.approx(1 / 1.5))
 
 
 @pytest.mark.slow

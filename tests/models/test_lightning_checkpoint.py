@@ -105,6 +105,7 @@ def test_a_finetuned_regressor_predicts_as_it_did(tmp_path, images):
         (34, {"decision_tree": load_survey("euclid").to_dict()}, 46, "votes"),
         (34, {"label_names": ["not ring", "ring"]}, 2, "single_label_classification"),
         (34, {"label_names": [str(number) for number in range(34)]}, 34, "single_label_classification"),
+        (2, {"decision_tree": load_survey("rings").to_dict()}, 2, "votes"),
         (3, {"decision_tree": DECALS}, 34, "votes"),
         (3, {"label_names": ["not ring", "ring"]}, 2, "single_label_classification"),
         (3, {"problem_type": "multi_label_classification"}, 3, "multi_label_classification"),

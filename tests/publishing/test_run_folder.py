@@ -40,7 +40,8 @@ def test_a_single_stage_is_pushed_in_one_commit(
     }
     assert len(hub.commits(repo_id)) == 2
     assert b"- seed: 42" in hub.files(repo_id)["README.md"]
-    assert b"eval_loss" in hub.files(repo_id)["metrics.json"]
+    (evaluation,) = json.loads(hub.files(repo_id)["metrics.json"])["frozen"]["evaluations"]
+    assert "eval_loss" in evaluation
     assert hub_token.encode() not in b"".join(hub.files(repo_id).values())
     trainer.push_to_hub()
     assert len(hub.commits(repo_id)) == 2
@@ -70,7 +71,7 @@ def test_a_run_without_a_wrong_galaxy_has_no_figure_of_the_most_wrong(tmp_path, 
         metrics={"confusion": []},
         label_names=["bar", "ring"],
         images=[],
-        judged=pd.DataFrame({"label": ["bar"], "predicted_label": [predicted]}),
+        judged=pd.DataFrame({"label": ["bar", "bar"], "predicted_label": [predicted, "bar"]}),
     )
     assert ("figures/most_wrong.png" in captions) == has_wrong
     assert len(drawn) == len(captions) == 2 + has_wrong

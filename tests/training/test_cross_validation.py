@@ -226,6 +226,8 @@ def test_predictions_are_for_the_sky_and_scores_say_which_population(validate):
         prevalence=[0.5, 0.5],
     )
     truth = (result.table["label"] == "ring").to_numpy()
+    in_sky = log_loss(truth, result.probabilities[:, 1], sample_weight=np.where(truth, 0.05, 0.95))
+    assert result.sky_scores.labels["ring"]["log_loss"].value == pytest.approx(in_sky)
     assert result.scores.labels["ring"]["log_loss"].value == pytest.approx(log_loss(truth, back), abs=1e-5)
     # The labels are audited at the training prevalence, which is one half too.
     own = pd.Series(back[np.arange(40), truth.astype(int)], result.table["id_str"])[result.doubtful["id_str"]]

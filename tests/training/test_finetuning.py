@@ -27,7 +27,7 @@ from zoobot_hf import (
     read_catalog,
     split_dataset,
 )
-from zoobot_hf.training import finetuning
+from zoobot_hf.training import finetuning, run_report
 from zoobot_hf.training.cross_validation import cross_validate, split_for_final_model
 from zoobot_hf.training.trainer import FrozenStageTrainer, UnfrozenStageTrainer
 
@@ -314,7 +314,7 @@ def test_overwrite_deletes_what_runs_write_and_nothing_else(place, tmp_path, mon
     assert "onnx is an export of the earlier model; delete it, and export the new one" in caplog.text
 
 
-def test_resuming_with_other_arguments_is_refused_by_name(run, tmp_path):
+def test_resuming_with_other_arguments_is_refused_by_name(run, rings, processor, tmp_path):
     run("out")
     with pytest.raises(ValueError, match=r"had another FrozenStageArguments\.learning_rate; resume"):
         run("out", resume=True, frozen=FrozenStageArguments(**SETTINGS, learning_rate=0.5))
@@ -322,6 +322,11 @@ def test_resuming_with_other_arguments_is_refused_by_name(run, tmp_path):
         run("out", resume=True, processor=ZoobotImageProcessor(32, zoom=1.5))
     with pytest.raises(ValueError, match=r"had another balance; resume"):
         run("out", resume=True, balance="oversample")
+    model = ZoobotForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.predictions_for == "sky"
+    with pytest.raises(ValueError, match=r"had another .*; resume"):
+        finetune(model, processor, rings, tmp_path / "out", resume=True, sky_prevalence={"ring": 0.1})
+    assert model.config.predictions_for == "training"  # what was fitted for other shares is forgotten
     path = tmp_path / "out-checkpoints" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"number of processes": 2}))
     with pytest.raises(ValueError, match=r"had another number of processes; resume"):
@@ -425,12 +430,29 @@ def test_probabilities_are_calibrated_and_for_the_sky(run, hard_rings, processor
     assert said["ring"] == pytest.approx(judgement.probabilities[0, 1], abs=1e-5)
 
 
+def test_a_card_has_the_facts_of_its_stages(run, hard_rings, layer_norm_model, monkeypatch):
+    cards = []
+    monkeypatch.setattr(run_report, "render_model_card", lambda facts: cards.append(facts) or "")
+    layer_norm_model.config.label_smoothing = 0.2  # with a shift beside the temperature
+    finetuned = run("out", dataset=hard_rings, frozen=FrozenStageArguments(**SETTINGS, seed=7))
+    (facts,) = cards
+    assert facts.seeds == {"frozen": 7, "unfrozen": 42}
+    assert facts.training_seconds == sum(stage.seconds for stage in finetuned.stages)
+    calibration = finetuned.judgements[finetuned.kept_stage].calibration
+    assert (facts.temperature, facts.shift) == (calibration.temperature[0], calibration.shift)
+    for stage in facts.stages:
+        assert stage.metrics == finetuned.test_metrics[stage.name]
+        as_they_are = finetuned.judgements[stage.name].scores[0]
+        assert next(iter(stage.scores.values())) == {**as_they_are.overall, **as_they_are.labels["ring"]}
+
+
 def test_a_second_finetuning_forgets_the_calibration_of_the_first_and_names_it(
     run, hard_rings, processor, tmp_path, repo_id, hub_token
 ):
     run("first", dataset=hard_rings, sky_prevalence={"ring": 0.1}, skip_unfrozen=True)
     push_folder(tmp_path / "first", repo_id, token=hub_token)
     model = ZoobotForImageClassification.from_pretrained(repo_id)
+    model.config.encoder_name = "mwalmsley/zoobot-encoder-convnext_nano"  # what the first finetuning started from
     again = finetune(
         model, processor, hard_rings, tmp_path / "second", frozen=FrozenStageArguments(**SETTINGS), skip_unfrozen=True
     )
@@ -463,6 +485,7 @@ def out_of_fold(layer_norm_model, processor, all_galaxies):
 
 def test_a_model_without_a_test_split_reports_predictions_out_of_fold(run, all_galaxies, out_of_fold, tmp_path):
     splits = split_for_final_model(out_of_fold, all_galaxies)
+    out_of_fold = out_of_fold._replace(folds=pd.concat([out_of_fold.folds] * 2))  # a row for each of two stages
     finetuned = run("out", dataset=splits, out_of_fold=out_of_fold)
     assert finetuned.test_metrics == {}
     assert [stage.test_outputs for stage in finetuned.stages] == [[], []]

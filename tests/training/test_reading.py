@@ -89,6 +89,13 @@ def test_a_picture_is_what_the_encoder_sees_of_the_whole_image(files, processor)
     assert grey[0].mode == "L"
 
 
+def test_an_image_with_content_and_a_path_is_its_content(files, processor):
+    _, (path, other, *_) = files
+    image = {"bytes": path.read_bytes(), "path": str(other)}
+    expected = processor.crop_and_resize(open_image(path))
+    assert torch.equal(read_wide_field(image, processor, margin=1.0, name="an image"), expected)
+
+
 def test_an_image_that_the_processor_refuses_is_named_with_one_full_stop(tmp_path, processor):
     path = tmp_path / "empty.fits"
     write_fits(path, np.full((8, 8), np.nan), ">f4")

@@ -7,7 +7,13 @@ from zoobot_hf import ZoobotConfig
 from zoobot_hf.evaluation.judgement import judge
 from zoobot_hf.evaluation.scores import Scores
 from zoobot_hf.evaluation.selection import measure_selection
-from zoobot_hf.training.run_report import _different_populations, _hub_id, _judged_labels, _scores_by_population
+from zoobot_hf.training.run_report import (
+    _different_populations,
+    _hub_id,
+    _judged_labels,
+    _judged_table,
+    _scores_by_population,
+)
 
 
 @pytest.mark.parametrize(("here", "sky", "is_shown"), [(0.011, 0.002, True), (0.5, 0.51, False), (0.5, 0.44, True)])
@@ -59,12 +65,15 @@ def test_figures_of_three_classes_are_for_the_sky_of_the_selections(is_for_sky):
         config, validation_logits=logits, validation_labels=labels, test_logits=logits, test_labels=labels
     )
     config.predictions_for = judgement.fields["predictions_for"]
-    judged = _judged_labels(SimpleNamespace(config=config), judgement, {"label": labels})
+    model, galaxies = SimpleNamespace(config=config), {"id_str": [str(row) for row in range(60)], "label": labels}
+    judged = _judged_labels(model, judgement, galaxies)
     assert [label.name for label in judged] == names
     for number, label in enumerate(judged):
         again = measure_selection(label.probability, labels == number, threshold=label.selection.threshold, **label.sky)
         assert again._replace(aim="best F1") == label.selection
         assert ("classes" in label.sky) == is_for_sky
+    table = _judged_table(model, judgement, galaxies)  # the most wrong are of the galaxies as they are
+    assert table["probability_ring"].to_numpy() == pytest.approx(judgement.probabilities_as_labelled[:, 1])
 
 
 def test_no_path_is_taken_for_a_name_on_the_hub(tmp_path, monkeypatch):

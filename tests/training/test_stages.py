@@ -53,6 +53,12 @@ def test_the_best_checkpoint_of_a_copied_run_is_its_own(original, whole, tmp_pat
     assert json.loads(path.read_text())["best_model_checkpoint"] == str(own)
 
 
+def test_a_run_that_does_not_say_what_is_asked_now_is_another(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"balance": None}))
+    with pytest.raises(ValueError, match="had another seed; resume"):
+        stages.check_same_run(tmp_path, {"balance": None, "seed": 1})
+
+
 # What a run wrote as JSON has None for what is not finite.
 @pytest.mark.parametrize("wrong", [{"validation": math.nan}, {"test": math.inf}, {"test": None}])
 def test_a_stage_with_outputs_that_are_not_finite_is_left_out(wrong, caplog):

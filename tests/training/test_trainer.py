@@ -76,11 +76,14 @@ def unfrozen_arguments(folder, **changes):
     return UnfrozenStageArguments(output_dir=str(folder), **{**settings, **changes})
 
 
+@pytest.mark.parametrize("is_cached", [True, False])
 @pytest.mark.parametrize("name", ["layer_norm_model", "batch_norm_model", "timm_model", "timm_convnext_model"])
-def test_the_frozen_stage_moves_the_head_and_not_a_bit_of_the_encoder(name, request, galaxies, processor, tmp_path):
+def test_the_frozen_stage_moves_the_head_and_not_a_bit_of_the_encoder(
+    name, is_cached, request, galaxies, processor, tmp_path
+):
     model = request.getfixturevalue(name)
     encoder, head = state_of(model.encoder), state_of(model.head)
-    train(FrozenStageTrainer, model, frozen_arguments(tmp_path), galaxies, processor)
+    train(FrozenStageTrainer, model, frozen_arguments(tmp_path, embedding_cache=is_cached), galaxies, processor)
     assert moved(encoder, model.encoder.state_dict()) == set()
     assert moved(head, model.head.state_dict()) == set(head)
 

@@ -603,7 +603,7 @@ def _find_images(folder: Path) -> Iterator[str]:
 
 def _image_stem(location: str) -> str:
     name = os.path.basename(location)
-    suffix = max((suffix for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), key=len)
+    suffix = next(suffix for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix))
     return name[: -len(suffix)]
 
 
