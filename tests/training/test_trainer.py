@@ -177,7 +177,7 @@ def test_training_steps_and_evaluations_have_the_precision_that_is_asked_for(
     arguments = unfrozen_arguments(tmp_path, num_train_epochs=1, **settings)
     train(UnfrozenStageTrainer, layer_norm_model, arguments, galaxies, processor)
     assert seen == {True: in_training, False: in_evaluation}
-    is_said = "precision bf16 is passed over for the stage's own, no: choose it with bf16 or fp16" in caplog.text
+    is_said = "precision bf16 is passed over: the stage's own is no. Choose it with bf16 or fp16" in caplog.text
     assert is_said == (in_evaluation == EXACT)
 
 
@@ -185,7 +185,7 @@ def test_training_steps_and_evaluations_have_the_precision_that_is_asked_for(
 def test_a_precision_of_the_launcher_that_is_passed_over_is_said(asked, own, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     assert unfrozen_arguments(tmp_path, bf16=own == "bf16").mixed_precision == own
-    assert f"mixed precision {asked} is passed over for the stage's own, {own}:" in caplog.text
+    assert f"mixed precision {asked} is passed over: the stage's own is {own}." in caplog.text
 
 
 @pytest.mark.parametrize("bf16", [True, False])

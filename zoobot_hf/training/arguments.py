@@ -157,7 +157,7 @@ class _StageArguments(TrainingArguments):
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if asked not in ("no", self.mixed_precision) and self.should_log:
             logger.warning(
-                "Accelerate's mixed precision %s is passed over for the stage's own, %s: choose it with bf16 or fp16.",
+                "Accelerate's mixed precision %s is passed over: the stage's own is %s. Choose it with bf16 or fp16.",
                 asked,
                 self.mixed_precision,
             )
