@@ -69,7 +69,7 @@ def test_confidence_and_seed_decide_every_interval(galaxies, sky):
     assert set(wide) == set(narrow) == set(other)
     assert len(wide) == 8
     for name, (low, high) in wide.items():
-        assert low < narrow[name][0] < narrow[name][1] < high
+        assert low <= narrow[name][0] < narrow[name][1] < high
         is_jeffreys = sky is None and name == "accuracy of all"
         assert (other[name] == (low, high)) == is_jeffreys
 
