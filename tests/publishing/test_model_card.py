@@ -286,7 +286,7 @@ def test_a_card_says_where_its_intervals_are_from(problem_type, said):
     text = render(problem_type=problem_type, stages=[stage])
     assert "90% intervals, from drawing the galaxies again. Those of ROC AUC, average precision, and comp" in text
     assert f"; those of {said} threshold selects are from such posteriors alone." in text
-    assert f"There is none where a class has fewer than {SMALLEST_CLASS} galaxies" in text
+    assert f"Of the others there is none where a class has fewer than {SMALLEST_CLASS} galaxies" in text
     assert "| roc auc | 0.800 (0.700 to 0.900) |\n| average precision | 0.600 |" in text
 
 

@@ -235,7 +235,7 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on(run, tmp_path, monkeypatch):
     def be_full(place, folder, **options):
         with monkeypatch.context() as patch:
             patch.setattr(place, find_no_space)
-            with pytest.raises(OSError, match=f"no space is left in {folder} .*--resume"):
+            with pytest.raises(OSError, match=f"no space is left for the run in {folder} .*--resume"):
                 run("out", skip_unfrozen=True, **options)
 
     be_full("zoobot_hf.ZoobotForImageClassification.save_pretrained", tmp_path / "out-checkpoints")
@@ -569,6 +569,12 @@ def test_a_dataset_without_validation_is_refused(run, rings):
 def test_a_model_or_a_processor_of_another_class_is_refused(wrong, message, run):
     with pytest.raises(ValueError, match=message):
         run("out", **wrong)
+
+
+def test_a_stage_may_have_another_precision_than_the_one_before(run):
+    # Arguments that are made later would forget the precision of the stage before.
+    stages = {"frozen": FrozenStageArguments(**SETTINGS), "unfrozen": UnfrozenStageArguments(**SETTINGS, bf16=True)}
+    assert [stage.name for stage in run("out", **stages).stages] == ["frozen", "unfrozen"]
 
 
 def test_a_split_without_a_column_is_named(run, rings):

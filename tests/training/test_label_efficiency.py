@@ -108,6 +108,14 @@ def test_a_test_split_without_a_class_is_refused(measure, galaxies):
         measure(dataset=splits)
 
 
+def test_a_test_set_without_a_class_is_refused(measure, galaxies, monkeypatch):
+    # As near-duplicates are, all rings are in one fold.
+    folds = np.where(galaxies["label"], 0, np.arange(40) % 5)
+    monkeypatch.setattr(label_efficiency, "assign_folds", lambda *_, **__: folds)
+    with pytest.raises(ValueError, match=r"set has no galaxy of class ring, .* near-duplicates of each other, which"):
+        measure()
+
+
 def test_the_encoder_sees_each_galaxy_and_view_once(measure, layer_norm_model, monkeypatch):
     images = 0
     forward = layer_norm_model.zoobot.forward

@@ -80,7 +80,7 @@ def test_a_stage_with_outputs_that_are_not_finite_is_left_out(wrong, caplog):
     ],
 )
 def test_a_full_disk_is_said_to_be_one_in_the_same_words(error, tmp_path):
-    message = rf"no space is left in {tmp_path} \(.+\); make room, and go on .*--resume"
+    message = rf"no space is left for the run in {tmp_path} \(.+\); make room, and go on .*--resume"
     with pytest.raises(OSError, match=message), stages.full_disk_named(tmp_path):
         raise error
 
@@ -90,6 +90,7 @@ def test_a_full_disk_is_said_to_be_one_in_the_same_words(error, tmp_path):
     [
         SafetensorError("Error while deserializing header: header too large"),
         RuntimeError("CUDA out of memory"),
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
         PermissionError(errno.EACCES, "Permission denied"),
         OSError("the embeddings take 9.0 MB, and No space left on device; clear the cache"),
     ],

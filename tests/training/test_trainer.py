@@ -188,18 +188,6 @@ def test_a_precision_of_the_launcher_that_is_passed_over_is_said(asked, own, tmp
     assert f"mixed precision {asked} is passed over: the stage's own is {own}." in caplog.text
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_a_stage_may_have_another_precision_than_the_one_before(bf16, layer_norm_model, galaxies, processor, tmp_path):
-    # Arguments that are made later would forget the precision of the stage before.
-    arguments = [frozen_arguments(tmp_path, bf16=bf16), unfrozen_arguments(tmp_path, bf16=not bf16)]
-    settings = {"processing_class": processor, "eval_dataset": galaxies}
-    precisions = [
-        trainer_class(layer_norm_model, own, **settings).accelerator.mixed_precision
-        for trainer_class, own in zip((FrozenStageTrainer, UnfrozenStageTrainer), arguments, strict=True)
-    ]
-    assert precisions == (["bf16", "no"] if bf16 else ["no", "bf16"])
-
-
 def test_a_model_that_was_trained_in_bfloat16_predicts_in_the_precision_that_is_asked_for(
     timm_convnext_model, galaxies, processor, tmp_path
 ):

@@ -82,7 +82,8 @@ def report_survey(done: Survey, *, contents: str, participle: str) -> int:
 def check_output(path: Path) -> None:
     """Nothing, if a table can be written and is none of those that a finished run has beside its model."""
     check_catalog_can_be_written(path)
-    if path.name in OPTIONAL_FILES and (path.parent / CONFIGURATION).is_file():
+    target = path.resolve()  # of a link what it points to is written
+    if target.name in OPTIONAL_FILES and (target.parent / CONFIGURATION).is_file():
         raise ValueError(
             f"output is {path}, where a finished run has its own predictions; choose another name or folder."
         )

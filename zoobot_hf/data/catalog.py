@@ -215,7 +215,7 @@ def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
     check_columns_fit(table.columns, path=path)
     with whole_file(path) as partial:
         if file_format == "csv":
-            table.to_csv(partial, index=False)
+            table.to_csv(partial, index=False, compression=None)  # whatever a link points to is called
         elif file_format == "parquet":
             table.to_parquet(partial, index=False)
         else:
@@ -225,7 +225,7 @@ def write_catalog(table: pd.DataFrame, path: str | Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes the file once all is written, and is gone where that fails.
+    """A path to write to, which becomes the file once all is written, and is gone where writing fails.
 
     Args:
         path: The file, or a link to it, which stays.
@@ -233,9 +233,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = _partial(path)
     try:
         yield partial
-        os.replace(partial, path.resolve())
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path.resolve())  # where this fails, the error names the whole file, which stays
 
 
 def check_catalog_can_be_written(path: str | Path) -> None:
@@ -255,7 +256,7 @@ def check_catalog_can_be_written(path: str | Path) -> None:
     partial = _partial(path)
     try:
         partial.touch()
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     except OSError as error:
         raise CatalogError(
             f"table {path} can't be written to the folder {partial.parent}: {error.strerror}; make the folder, or "

@@ -88,7 +88,7 @@ def interval_of_draws(value: float, draws: npt.ArrayLike, *, confidence: float =
     return Estimate(float(value), float(min(low, value)), float(max(high, value)))
 
 
-def widest(one: Estimate, other: Estimate) -> Estimate:
+def hull(one: Estimate, other: Estimate) -> Estimate:
     """A value with an interval that holds both of its intervals; NaN is none.
 
     Args:

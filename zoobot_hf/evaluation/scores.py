@@ -7,7 +7,7 @@ are, or "sky", where the galaxies of each class are weighted to the share that t
 have to be for the same population; `calibration.probabilities_at_prevalence` takes them from one to the other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +22,9 @@ from .intervals import (
     class_weights_for,
     draw_with_ends,
     estimates_of_draws,
+    hull,
     interval_of_draws,
     share_with_interval,
-    widest,
 )
 from .metrics import SINGLE_LABEL, checked_labels, count_labelled, scored_labels, truth_of_label
 from .reliability import calibration_error_by_chance, expected_calibration_error
@@ -139,11 +139,8 @@ def score_probabilities(
         shares[name] = float(own_share if sky_prevalence is None else sky_prevalence[number])
         if number in scored and 0 < own_share < 1:
             weights = _weights(classes, number, sky_prevalence, is_single=is_single)
-            order = np.argsort(-given[known, number], kind="stable")  # in which each draw is sorted four times as fast
-            label = _Label(given[known, number][order], has_label[order], weights[order], sky_prevalence is not None)
-            results[name] = label.score(
-                classes[order], purity, completeness, confidence=confidence, draws=draws, seed=seed
-            )
+            label = _Label(given[known, number], has_label, weights, sky_prevalence is not None)
+            results[name] = label.score(classes, purity, completeness, confidence=confidence, draws=draws, seed=seed)
     if not results:
         raise ValueError(
             f"all galaxies are with or all are without {', '.join(label_names)}; a score needs some of both kinds."
@@ -211,17 +208,17 @@ class _Label:
         draws: int,
         seed: int,
     ) -> dict[str, Estimate]:
-        def curve_scores(weights: Floats, label: _Label = self) -> dict[str, float]:
-            return label._curve_scores(weights, purity, completeness)
+        def scores_of(weights: Floats) -> dict[str, float]:
+            return self._curve_scores(weights, purity, completeness) | self._losses(weights)
 
-        def bootstrap(score: Callable[[Floats], dict[str, float]]) -> dict[str, Estimate]:
-            return bootstrap_estimates(score, classes, self.weights, confidence=confidence, draws=draws, seed=seed)
-
-        with_ends = self._with_ends(classes)
-        drawn = (curve_scores(own, with_ends) for own in draw_with_ends(classes, self.weights, draws=draws, seed=seed))
-        unseen = estimates_of_draws(curve_scores(self.weights), drawn, classes, confidence=confidence)
-        estimates = {name: widest(seen, unseen[name]) for name, seen in bootstrap(curve_scores).items()}
-        estimates |= bootstrap(self._losses)
+        estimates = bootstrap_estimates(scores_of, classes, self.weights, confidence=confidence, draws=draws, seed=seed)
+        with_ends, of_curve = self._with_ends(classes), self._curve_scores(self.weights, purity, completeness)
+        drawn = (
+            with_ends._curve_scores(own, purity, completeness)
+            for own in draw_with_ends(classes, self.weights, draws=draws, seed=seed)
+        )
+        unseen = estimates_of_draws(of_curve, drawn, classes, confidence=confidence)
+        estimates |= {name: hull(estimates[name], own) for name, own in unseen.items()}
         if self._heaviest() > HEAVIEST_GALAXY:
             estimates[BRIER_SCORE] = Estimate(estimates[BRIER_SCORE].value, np.nan, np.nan)
         error = expected_calibration_error(self.probability, self.has_label, weights=self.weights)

@@ -181,6 +181,7 @@ def cross_validate(
 
     Raises:
         FileNotFoundError: The best checkpoint of a fold that was killed is gone.
+        OSError: No space left; what is finished in `work_dir` stays.
         ValueError: A model, processor or arguments of another class, or with push_to_hub; no `ClassLabel`, a class with
             fewer galaxies than folds (or than three), a galaxy that is there twice, labels that aren't the model's, a
             prevalence that doesn't fit, a class of which nearly all are near-duplicates of each other, or a `work_dir`

@@ -525,8 +525,8 @@ class _EmbeddingFile:
     def _not_kept(self, reason: OSError) -> OSError:
         return OSError(
             f"the embeddings take {self.size / 1e6:.1f} MB in {self.path.parent}, and can't be kept there: {reason}; "
-            "clear the cache (zoobot-hf cache --clear), set HF_HOME to a folder that has room and that you may write "
-            "to, or choose fewer views or float16."
+            "clear the cache (zoobot-hf cache --clear), set HF_HOME (or the cache's folder, where you gave one) to a "
+            "folder that has room and that you may write to, or choose fewer views or float16."
         )
 
 

@@ -129,13 +129,13 @@ def measure_label_curve(
         cache_dir: Where embeddings are kept; below the Hugging Face home when absent.
 
     Raises:
-        ValueError: A number below 2; none of them is there; fewer than two seeds; what folds need is not there; the
-            `test` split has no galaxy of a class.
+        ValueError: A number below 2; none of them is there; fewer than two seeds; what folds need is not there; a test
+            set has no galaxy of a class.
     """
     galaxies, is_test = _join(dataset)
     labels = check_classes(galaxies, folds=2 if is_test.any() else FOLDS)
     if is_test.any():
-        _check_classes_of_test(labels[is_test], names=galaxies.features["label"].names)
+        _check_classes_of_test(labels[is_test], names=galaxies.features["label"].names, is_given=True)
     embedded = {FROZEN: _embed(model, processor, galaxies, views=views, cache_dir=cache_dir)}
     if with_untrained:
         untrained = make_untrained(model, seed=seed)
@@ -266,13 +266,18 @@ def _join(dataset: Dataset | DatasetDict) -> tuple[Dataset, npt.NDArray[np.bool_
     return joined, np.concatenate([np.full(len(dataset[name]), name == "test") for name in names])
 
 
-def _check_classes_of_test(labels: Integers, *, names: Sequence[str]) -> None:
+def _check_classes_of_test(labels: Integers, *, names: Sequence[str], is_given: bool) -> None:
     # The heads are told the shares of the test galaxies, and would never say a class that isn't among them.
     missing = [name for number, name in enumerate(names) if number not in labels]
     if missing:
+        advice = (
+            "add galaxies of this class to it, or leave the split out, so that a fifth of the others is the test set."
+            if is_given
+            else "many of them are near-duplicates of each other, which stay together; label more, or give a split."
+        )
         raise ValueError(
-            f"the test split has no galaxy of class {', '.join(missing)}, and its scores would look too good; add "
-            "galaxies of this class to it, or leave the split out, so that a fifth of the others is the test set."
+            f"the test {'split' if is_given else 'set'} has no galaxy of class {', '.join(missing)}, and its scores "
+            f"would look too good; {advice}"
         )
 
 
@@ -311,6 +316,7 @@ def _plan_draws(
         if not is_test.any() and number % FOLDS == 0:
             folds = assign_folds(identifiers, labels, folds=FOLDS, seed=seed + number // FOLDS, groups=groups)
         held_out = is_test if is_test.any() else folds == number % FOLDS
+        _check_classes_of_test(labels[held_out], names=galaxies.features["label"].names, is_given=bool(is_test.any()))
         order = np.random.default_rng([seed, number]).permutation(np.flatnonzero(~held_out))
         orders = [order[labels[order] == label] for label in range(labels.max() + 1)]
         draws.append(_Draw(number, np.flatnonzero(held_out), orders))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset, DatasetDict
 from safetensors import SafetensorError
 from transformers import EvalPrediction, TrainerState
@@ -146,12 +147,13 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         # The cache of embeddings, which lies elsewhere, has said so itself, in an error without a number.
         if isinstance(error, OSError):
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else:
-            is_full = any(text in str(error) for text in TEXTS_OF_FULL_DISK)
+        else:  # the memory that data loaders share is a disk too, but not this one
+            is_full = "shared memory" not in str(error) and any(text in str(error) for text in TEXTS_OF_FULL_DISK)
         if not is_full:
             raise
         raise OSError(
-            f"no space is left in {folder} ({error}); make room, and go on with the run (resume=True, --resume)."
+            f"no space is left for the run in {folder} ({error}); make room, and go on with it (resume=True, --resume; "
+            "of cross_validate the same work_dir)."
         ) from error
 
 
@@ -259,6 +261,8 @@ def _run_stage(
         return StageResult(**json.loads(finished.read_text()))
     arguments = copy.copy(arguments)
     arguments.output_dir = str(folder)
+    # Accelerate keeps the precision of the stage before this one, and refuses another.
+    AcceleratorState._reset_state()
     trainer = make_trainer(
         model,
         arguments,

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
 from torch import Tensor, nn
@@ -146,8 +145,6 @@ class _StageTrainer(Trainer):
                 train_dataset = _through_own_reader(train_dataset)
         kwargs["eval_dataset"] = _through_own_reader(kwargs.get("eval_dataset"))
         kwargs.setdefault("data_collator", GalaxyCollator(processing_class, vote_columns=_vote_columns(model)))
-        # Accelerate keeps the precision of the stage before this one, and refuses another.
-        AcceleratorState._reset_state()
         super().__init__(model, args, processing_class=processing_class, train_dataset=train_dataset, **kwargs)
         if args.early_stopping_patience is not None and args.eval_strategy != "no":
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
