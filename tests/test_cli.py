@@ -988,10 +988,13 @@ def test_a_survey_is_not_written_into_the_folder_of_a_model(galaxy_folder, model
 @pytest.mark.parametrize("name", ["predictions.parquet", "predictions-advanced.parquet"])
 def test_the_table_of_a_finished_run_is_not_overwritten(name, galaxy_folder, model_folder, tmp_path, refused):
     model = shutil.copytree(model_folder, tmp_path / "model")
-    predict = ("predict", "--model", model, "--images", galaxy_folder, "--output", model / name)
-    for arguments in (predict, ("merge", tmp_path / "survey", "--output", model / name)):
-        line = refused(*arguments)
-        assert f"{name}, where a finished run has its own predictions; choose another" in line
+    link = tmp_path / "latest.parquet"
+    link.symlink_to(model / name)
+    for output in (model / name, link):
+        predict = ("predict", "--model", model, "--images", galaxy_folder, "--output", output)
+        for arguments in (predict, ("merge", tmp_path / "survey", "--output", output)):
+            line = refused(*arguments)
+            assert f"{output}, where a finished run has its own predictions; choose another" in line
     assert contents(model) == contents(model_folder)
 
 

@@ -1,6 +1,8 @@
 """Catalogs are read from every format, checked, and written whole."""
 
+import errno
 import gzip
+import os
 import re
 from pathlib import Path
 
@@ -340,6 +342,16 @@ def test_a_link_stays_and_what_it_points_to_is_written(folder, table):
         write_catalog(rows, folder / "galaxies.csv")
         assert (folder / "galaxies.csv").is_symlink()
         assert len(pd.read_csv(folder / "disk/galaxies.csv")) == len(rows)
+
+
+def test_a_table_that_can_not_get_its_name_stays_where_the_error_says(folder, table, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="resource busy") as raised:
+        write_catalog(table, folder / "galaxies.csv")
+    assert len(pd.read_csv(raised.value.filename)) == len(table)
 
 
 def test_a_name_too_long_for_a_file_that_is_being_written_is_refused_before(folder):
