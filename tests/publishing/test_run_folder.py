@@ -61,18 +61,16 @@ def drawn(monkeypatch):
     return drawn
 
 
+def draw(folder, stage, **given):
+    """The captions of a run's figures."""
+    settings = {"histories": {stage: []}, "kept_stage": stage, "kept_epoch": 1, "metrics": {"confusion": []}}
+    return draw_figures(folder, images=[], **settings, **given)
+
+
 @pytest.mark.parametrize(("predicted", "has_wrong"), [("ring", True), ("bar", False)])
 def test_a_run_without_a_wrong_galaxy_has_no_figure_of_the_most_wrong(tmp_path, drawn, predicted, has_wrong):
-    captions = draw_figures(
-        tmp_path,
-        histories={"unfrozen": []},
-        kept_stage="unfrozen",
-        kept_epoch=1,
-        metrics={"confusion": []},
-        label_names=["bar", "ring"],
-        images=[],
-        judged=pd.DataFrame({"label": ["bar", "bar"], "predicted_label": [predicted, "bar"]}),
-    )
+    judged = pd.DataFrame({"label": ["bar", "bar"], "predicted_label": [predicted, "bar"]})
+    captions = draw(tmp_path, "unfrozen", label_names=["bar", "ring"], judged=judged)
     assert ("figures/most_wrong.png" in captions) == has_wrong
     assert len(drawn) == len(captions) == 2 + has_wrong
     assert captions["figures/training_curves.png"] == "Loss by epoch; the kept epoch is marked."
@@ -83,14 +81,10 @@ def test_figures_have_names_that_a_push_knows_and_captions_with_small_shares(tmp
     selection = measure_selection(probability, has_label, threshold=0.5, prevalence=0.00032)
     sky = {"prevalence": [0.99968, 0.00032], "classes": [0, 1]}
     labels = ["z < 1", "???", "z > 1"]
-    captions = draw_figures(
+    captions = draw(
         tmp_path,
-        histories={"frozen": []},
-        kept_stage="frozen",
-        kept_epoch=1,
-        metrics={"confusion": []},
+        "frozen",
         label_names=labels,
-        images=[],
         judged=pd.DataFrame({"label": ["???"], "predicted_label": ["z < 1"]}),
         judged_labels=[JudgedLabel(name, probability, probability, has_label, selection, sky) for name in labels],
         judged_votes=JudgedVotes(probability, probability, {}, 10),

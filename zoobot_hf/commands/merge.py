@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..prediction.merge import TABLES, merge_predictions
 from ..prediction.runs import read_finished
-from .predict import check_output
+from .predict import check_table
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    check_output(options.output)
+    check_table(options.output)
     count = merge_predictions(options.folder, options.output, table=options.table, catalog=options.catalog)
     total = read_finished(options.folder, contents="predictions")["galaxies"]
     print(f"{count if count == total else f'{count} of {total}'} galaxies: {options.output}")

@@ -79,7 +79,7 @@ def report_survey(done: Survey, *, contents: str, participle: str) -> int:
     return 1 if done.failures and state.num_processes == 1 else 0
 
 
-def check_output(path: Path) -> None:
+def check_table(path: Path) -> None:
     """Nothing, if a table can be written and is none of those that a finished run has beside its model."""
     check_catalog_can_be_written(path)
     target = path.resolve()  # of a link what it points to is written
@@ -196,6 +196,6 @@ def _check_tables(images: Path, *tables: Path) -> None:
     """Finds out before the predictions, which may take hours, what would stop their tables from being written."""
     catalog_path = find_catalog(images) if images.is_dir() else images
     for path in tables:
-        check_output(path)
+        check_table(path)
         if catalog_path is not None:
             check_catalog_is_kept(catalog_path, output=path)
